@@ -1,0 +1,156 @@
+"""Every setting of a run, declared once. A field's docstring is its help text on the command line.
+
+Shapes of a model come from the checkpoint's own `config.json` (`seer_jax.models.config`), not from here.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where the weights come from."""
+
+    path: str = "preset:model/tiny_math"
+    """Directory with Hugging Face `config.json` and `*.safetensors`; `preset:` names one that ships with seer_jax."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights, activations and KV cache. float32 is 4x faster than bfloat16 on CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Prompts and their reward."""
+
+    task: str = "chain_sum"
+    """A built-in task (generates its prompts from `seed`), or `jsonl` to read `path`."""
+    path: str | None = None
+    """JSONL file for `task: jsonl`: one object a line with `prompt` (text) or `prompt_token_ids`, plus what the reward needs."""
+    reward: str | None = None
+    """`package.module:function(prompt: str, response: str, record: dict) -> float`; None takes the task's own."""
+    heldout_prompts: int = 96
+    """Prompts kept for measuring the reward before and after; never trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How responses are sampled."""
+
+    max_tokens: int = 512
+    """Limit of generated tokens of a response."""
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus mass kept; training needs 1."""
+    top_k: int = 0
+    """Likeliest tokens kept, 0 = all; training needs 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Scheduling of one rollout over the instances."""
+
+    policy: Literal["seer", "group_round_robin"] = "seer"
+    """`seer`: divided rollout, probes, longest first. `group_round_robin`: veRL's whole groups, preempted when pages run out."""
+    runtime: Literal["ray", "local"] = "ray"
+    """`ray`: one actor process per instance. `local`: all instances in this process, for debugging."""
+    instances: int = 2
+    """Number of instances (model replicas)."""
+    num_groups: int = 16
+    """Prompts per iteration."""
+    group_size: int = 8
+    """Responses per prompt (G)."""
+    chunk_size: int = 128
+    """Tokens that a request may generate before it goes back to the buffer (8k at the paper's scale)."""
+    starvation_interval: int = 16
+    """Every so many scheduling decisions one goes to the most underserved group; 0 = never."""
+    prefetch_chunks: int = 2
+    """Chunks placed at an instance beyond its slots, so that a free slot is refilled without asking the controller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """One inference engine."""
+
+    max_num_seqs: int = 16
+    """Slots: requests decoded together."""
+    max_model_len: int = 1024
+    """Longest prompt plus response, in tokens."""
+    page_size: int = 16
+    """Tokens per KV page."""
+    num_pages: int = 1024
+    """KV pages of an instance; num_pages x page_size tokens fit."""
+    max_prefill_tokens: int = 256
+    """Prompt tokens computed per step at most, beside the decoding rows."""
+    prefill_tile: int = 16
+    """Query tokens of one request that attend together during prefill."""
+    max_steps_per_dispatch: int = 32
+    """Decode steps run on device before the host looks again, while no request needs it."""
+    deterministic: bool = False
+    """One step shape instead of buckets: the same bits whatever the batch, chunking or placement. Slower."""
+    compilation_cache_dir: str | None = "~/.cache/seer_jax/xla"
+    """Compiled programs are kept here between runs; null = nowhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    """Mesh of one instance; the product of the axes is its number of devices."""
+
+    data: int = 1
+    """Replicas of attention that share the experts."""
+    expert: int = 1
+    """Devices that the experts are spread over."""
+    tensor: int = 1
+    """Devices that heads and hidden widths are spread over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """GRPO."""
+
+    iterations: int = 12
+    """RL iterations: rollout, reward, update, weights to the instances."""
+    loss: Literal["grpo", "dr_grpo", "k15"] = "grpo"
+    """`grpo`: group-normalised advantages, token-level clipping. `dr_grpo`: without length and std bias. `k15`: Kimi K1.5's squared objective."""
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW."""
+    warmup_updates: int = 2
+    """Updates of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm is clipped to this."""
+    clip_low: float = 0.2
+    """Ratio is clipped below 1 - clip_low."""
+    clip_high: float = 0.2
+    """Ratio is clipped above 1 + clip_high."""
+    kl_coef: float = 0.0
+    """Weight of the KL penalty to the initial weights (k3 estimator); 0 keeps no reference model."""
+    k15_tau: float = 1.0
+    """Temperature tau of the `k15` objective."""
+    num_minibatches: int = 1
+    """Optimizer updates per iteration; 1 is strictly on-policy."""
+    tokens_per_microbatch: int = 8192
+    """Padded tokens per gradient-accumulation step; bounds the learner's memory."""
+    eval_samples: int = 1
+    """Responses per held-out prompt when the reward is measured."""
+    checkpoint_every: int = 4
+    """Iterations between checkpoints; the last iteration always writes one."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run; what `--config` names and the command line overrides."""
+
+    seed: int = 0
+    """Root of all randomness: prompts, sampling, shuffling."""
+    model: ModelSource = field(default_factory=ModelSource)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run_dir: str = "runs/{name}-{time}"
+    """Where metrics, configuration and checkpoints go; `{name}` is the preset, `{time}` the start."""

@@ -1,0 +1,177 @@
+"""Plain values that travel between driver, instances and learner.
+
+Everything here is immutable, picklable and free of jax and ray, so that the simulator, the in-process runtime and the
+Ray runtime exchange the very same objects.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+TokenIds = np.ndarray
+"""int32 [num_tokens]. Arrays, not tuples: an iteration of Kimi-K2 holds 250 M tokens in the controller."""
+Logprobs = np.ndarray
+"""float32 [num_tokens]."""
+
+
+class RequestId(NamedTuple):
+    """Names one of the `group_size` responses to one prompt."""
+
+    group_id: int
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How a request is sampled.
+
+    Attributes:
+        max_tokens: Limit of generated tokens; a stop token counts.
+        temperature: Divides the logits; 0 is greedy.
+        top_p: Nucleus mass kept, in (0, 1]; 1 keeps all.
+        top_k: Number of likeliest tokens kept; 0 keeps all.
+        stop_token_ids: At most `MAX_STOP_TOKENS` ids that end the response; the stop token is part of it.
+        seed: Root of all randomness of the rollout.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+MAX_STOP_TOKENS = 4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RolloutGroup:
+    """One prompt and the number of responses wanted for it (a GRPO group)."""
+
+    group_id: int
+    prompt_token_ids: TokenIds
+    group_size: int
+    sampling: SamplingParams
+    iteration: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVHandle:
+    """Says that the KV of the first `num_tokens` tokens of a request can be had, and from where.
+
+    Attributes:
+        num_tokens: Tokens covered, counted from position 0.
+        policy_version: Weights that produced the KV; useless under any other.
+        ref: What the runtime needs to fetch it (arrays in process, an object reference in Ray); opaque to `core`.
+    """
+
+    num_tokens: int
+    policy_version: int
+    ref: Any = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RequestChunk:
+    """The schedulable unit of divided rollout: at most `max_chunk_tokens` further tokens of one request.
+
+    Attributes:
+        request_id: The request.
+        chunk_index: 0, 1, ... within the request.
+        token_ids: Prompt and all tokens generated so far.
+        num_prompt_tokens: How many of `token_ids` are the prompt.
+        max_chunk_tokens: Tokens to generate at most before the request is handed back.
+        max_total_tokens: Prompt plus the request's own generation limit.
+        num_reserved_pages: Pages set aside at admission for the whole chunk; 0 = grow on demand, may be preempted.
+        policy_version: Weights that must produce the tokens.
+        priority: Smaller runs first among chunks that wait at the same instance.
+        sampling: How to sample.
+        sampling_key: 64 bits that key all randomness of this request, see `sampling_key`.
+        kv: KV that exists already; None = prefill from the tokens.
+    """
+
+    request_id: RequestId
+    chunk_index: int
+    token_ids: TokenIds
+    num_prompt_tokens: int
+    max_chunk_tokens: int
+    max_total_tokens: int
+    num_reserved_pages: int
+    policy_version: int
+    priority: int
+    sampling: SamplingParams
+    sampling_key: int
+    kv: KVHandle | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceInfo:
+    """What an instance can hold; fixed for its life."""
+
+    instance_id: int
+    num_total_pages: int
+    page_size: int
+    max_num_seqs: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceStatus:
+    """Telemetry of one instance; counters run from the start of the iteration."""
+
+    instance_id: int
+    num_running: int
+    num_waiting: int
+    num_free_pages: int
+    num_total_pages: int
+    step_time_s: float = 0.0
+    num_generated_tokens: int = 0
+    num_prefilled_tokens: int = 0
+    num_reprefilled_tokens: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+    num_dispatches: int = 0
+    host_time_s: float = 0.0
+    device_time_s: float = 0.0
+    max_kv_utilization: float = 0.0
+    policy_version: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """One finished response.
+
+    Attributes:
+        request_id: The request.
+        prompt_token_ids: The prompt.
+        token_ids: The response, stop token included.
+        logprobs: Log-probability of each response token under the distribution it was drawn from.
+        finish_reason: "stop" (stop token) or "length" (limit reached).
+        policy_version: Weights that produced every token.
+        num_chunks: Chunks that it took.
+    """
+
+    request_id: RequestId
+    prompt_token_ids: TokenIds
+    token_ids: TokenIds
+    logprobs: Logprobs
+    finish_reason: str
+    policy_version: int
+    num_chunks: int
+
+
+def sampling_key(seed: int, iteration: int, request_id: RequestId) -> int:
+    """Derive the 64-bit key of a request: the same for every chunking, placement and batch, distinct inside a group."""
+    text = f"{seed}/{iteration}/{request_id.group_id}/{request_id.index}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def output_sha256(samples: "list[Sample]") -> str:
+    """Hash (group, index, token ids) of all samples in sorted order: equal hashes mean token-identical rollouts."""
+    digest = hashlib.sha256()
+    for sample in sorted(samples, key=lambda s: s.request_id):
+        header = (sample.request_id.group_id, sample.request_id.index, len(sample.token_ids))
+        digest.update(np.asarray(header, "<i8").tobytes() + np.asarray(sample.token_ids, "<i4").tobytes())
+    return digest.hexdigest()
