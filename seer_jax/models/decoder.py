@@ -1,0 +1,96 @@
+"""The decoder: one forward over a flat list of tokens; who may see whom is the caller's `attend`.
+
+Rollout packs tokens of many requests and attends over the paged cache; training packs whole sequences and attends
+causally. Everything else is the same code, so learner and rollout cannot drift apart.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from seer_jax.models.config import DecoderConfig
+from seer_jax.models.layers import rms_norm, swiglu_mlp
+from seer_jax.models.mla import MLAQueries, expanded_attention, project
+from seer_jax.models.moe import moe
+from seer_jax.models.rope import rotation
+from seer_jax.models.specs import Params
+
+Attend = Callable[[int, MLAQueries, Float[Array, "T W"], Params], Float[Array, "T H v"]]
+"""(layer index, rotated queries, cache rows of the same tokens, the layer's `attn` parameters) -> values per head."""
+
+
+def forward(
+    params: Params,
+    config: DecoderConfig,
+    token_ids: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    attend: Attend,
+    *,
+    moe_implementation: str | None = None,
+    remat: bool = False,
+) -> Float[Array, "T M"]:
+    """Run all layers over T tokens.
+
+    Args:
+        params: Weights laid out as `decoder_specs`.
+        config: The shape.
+        token_ids: Tokens, of any number of requests.
+        positions: Position of each token in its own request.
+        attend: Attention among the tokens and whatever came before them.
+        moe_implementation: Named implementation of `grouped_mlp`, or None to choose.
+        remat: Recompute each layer in the backward pass in place of keeping its activations.
+
+    Returns:
+        Hidden states after the final norm.
+    """
+    cos, sin = rotation(config, positions)
+    x = params["embed"][token_ids]
+
+    for index, layer in enumerate(params["layers"]):
+
+        def run_layer(layer: Params, x: Float[Array, "T M"], index: int = index) -> Float[Array, "T M"]:
+            with jax.named_scope("mla"):
+                normed = rms_norm(x, layer["attn_norm"], config.rms_norm_eps)
+                queries, latent = project(layer["attn"], config, normed, cos, sin)
+                values = attend(index, queries, latent, layer["attn"])
+                x = x + values.reshape(x.shape[0], -1) @ layer["attn"]["o_proj"]
+            with jax.named_scope("ffn"):
+                normed = rms_norm(x, layer["ffn_norm"], config.rms_norm_eps)
+                if config.is_moe_layer(index):
+                    return x + moe(layer["moe"], config, normed, implementation=moe_implementation)
+                return x + swiglu_mlp(layer["mlp"], normed)
+
+        x = (jax.checkpoint(run_layer) if remat else run_layer)(layer, x)
+    return rms_norm(x, params["final_norm"], config.rms_norm_eps)
+
+
+def forward_train(
+    params: Params, config: DecoderConfig, token_ids: Int[Array, "B L"], *, remat: bool = False
+) -> Float[Array, "B L M"]:
+    """Run whole sequences with expanded causal attention, differentiable.
+
+    Args:
+        params: Weights laid out as `decoder_specs`.
+        config: The shape.
+        token_ids: Sequences, padded at the end; rows at padding are finite and mean nothing.
+        remat: Recompute each layer in the backward pass in place of keeping its activations.
+
+    Returns:
+        Hidden states after the final norm.
+    """
+    batch, length = token_ids.shape
+
+    def attend(_: int, queries: MLAQueries, latent: Float[Array, "T W"], attn: Params) -> Float[Array, "T H v"]:
+        return expanded_attention(attn, config, queries, latent, length)
+
+    positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
+    hidden = forward(params, config, token_ids.reshape(-1), positions, attend, remat=remat)
+    return hidden.reshape(batch, length, -1)
+
+
+def project_logits(params: Params, config: DecoderConfig, hidden: Float[Array, "... M"]) -> Float[Array, "... V"]:
+    """Return float32 logits."""
+    head = params["embed"].T if config.tie_word_embeddings else params["lm_head"]
+    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)

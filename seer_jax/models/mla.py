@@ -1,0 +1,95 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+A token leaves one row [c | k_rope] in the cache: the normed compressed kv and the rotated key all heads share.
+*Absorbed*: queries are mapped into the latent space and attend to the rows themselves; cheap per cached token, for
+rollout. *Expanded*: keys and values of every head are formed from c; cheap per query, for training. Both are the same
+function of the parameters.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from seer_jax.models.config import LORA_NORM_EPS, DecoderConfig
+from seer_jax.models.layers import rms_norm
+from seer_jax.models.rope import rotate
+from seer_jax.models.specs import Params
+
+
+class MLAQueries(NamedTuple):
+    """Queries of T tokens: the part that meets the per-head keys and the rotated part that meets the shared key."""
+
+    q_nope: Float[Array, "T H nope"]
+    q_rope: Float[Array, "T H R"]
+
+
+def project(
+    params: Params,
+    config: DecoderConfig,
+    x: Float[Array, "T M"],
+    cos: Float[Array, "T half"],
+    sin: Float[Array, "T half"],
+) -> tuple[MLAQueries, Float[Array, "T W"]]:
+    """Compute queries and cache rows.
+
+    Args:
+        params: The layer's `attn` parameters.
+        config: The shape.
+        x: Normed residual stream.
+        cos: Cosines of the tokens' angles.
+        sin: Sines of the tokens' angles.
+
+    Returns:
+        Rotated queries, and rows [c | k_rope] of width `config.latent_width`, ready for the cache.
+    """
+    if config.q_lora_rank is None:
+        q = x @ params["q_proj"]
+    else:
+        q = rms_norm(x @ params["q_a_proj"], params["q_a_norm"], LORA_NORM_EPS) @ params["q_b_proj"]
+    q = q.reshape(x.shape[0], config.num_attention_heads, config.qk_head_dim)
+    q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
+    c, k_rope = jnp.split(x @ params["kv_a_proj"], [config.kv_lora_rank], axis=-1)
+    latent = jnp.concatenate([rms_norm(c, params["kv_a_norm"], LORA_NORM_EPS), rotate(k_rope, cos, sin)], axis=-1)
+    return MLAQueries(q_nope, rotate(q_rope, cos, sin)), latent
+
+
+def absorb_queries(params: Params, queries: MLAQueries) -> Float[Array, "T H W"]:
+    """Map queries into the latent space, so that their dot product with a cache row is the attention score."""
+    q_latent = jnp.einsum("thn,hnc->thc", queries.q_nope, params["k_up"])
+    return jnp.concatenate([q_latent, queries.q_rope], axis=-1)
+
+
+def unabsorb_values(params: Params, latent_out: Float[Array, "T H C"]) -> Float[Array, "T H v"]:
+    """Map attention-weighted sums of c to each head's values."""
+    return jnp.einsum("thc,hcv->thv", latent_out, params["v_up"])
+
+
+def expanded_attention(
+    params: Params, config: DecoderConfig, queries: MLAQueries, latent: Float[Array, "T W"], length: int
+) -> Float[Array, "T H v"]:
+    """Causal attention over T / length sequences of equal padded length, differentiable.
+
+    Padding at the end of a sequence needs no mask: no real token looks forward.
+
+    Args:
+        params: The layer's `attn` parameters.
+        config: The shape.
+        queries: Queries of all sequences, one after the other.
+        latent: Their cache rows.
+        length: Tokens per sequence, padding included.
+
+    Returns:
+        Values of every token and head.
+    """
+    q_nope, q_rope, latent = (a.reshape(-1, length, *a.shape[1:]) for a in (*queries, latent))
+    c, k_rope = jnp.split(latent, [config.kv_lora_rank], axis=-1)
+    k_nope = jnp.einsum("blc,hnc->bhln", c, params["k_up"])
+    values = jnp.einsum("blc,hcv->bhlv", c, params["v_up"])
+    scores = jnp.einsum("bqhn,bhkn->bhqk", q_nope, k_nope, preferred_element_type=jnp.float32)
+    scores += jnp.einsum("bqhr,bkr->bhqk", q_rope, k_rope, preferred_element_type=jnp.float32)
+    visible = jnp.tril(jnp.ones((length, length), bool))
+    probabilities = jax.nn.softmax(scores * config.softmax_scale, axis=-1, where=visible).astype(values.dtype)
+    out = jnp.einsum("bhqk,bhkv->bqhv", probabilities, values)
+    return out.reshape(-1, *out.shape[2:])

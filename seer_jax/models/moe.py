@@ -1,0 +1,54 @@
+"""Mixture of experts with DeepSeek-V3's bias-balanced router (`noaux_tc`, arXiv 2412.19437 section 2.1.2)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.grouped_matmul import grouped_mlp
+from seer_jax.models.config import DecoderConfig
+from seer_jax.models.layers import swiglu_mlp
+from seer_jax.models.specs import Params
+
+
+def route(
+    params: Params, config: DecoderConfig, x: Float[Array, "T M"]
+) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
+    """Choose the experts of every token.
+
+    The bias moves the choice only; the weights come from the unbiased scores. All in float32.
+
+    Args:
+        params: The layer's `moe` parameters.
+        config: The shape.
+        x: Normed residual stream.
+
+    Returns:
+        Expert ids (no order promised) and weights, [T, num_experts_per_tok].
+    """
+    scores = jax.nn.sigmoid(x.astype(jnp.float32) @ params["router"])
+    biased = scores + jax.lax.stop_gradient(params["router_bias"])
+    if config.n_group > 1:
+        biased = _mask_groups(config, biased)
+    _, expert_ids = jax.lax.top_k(biased, config.num_experts_per_tok)
+    weights = jnp.take_along_axis(scores, expert_ids, axis=-1)
+    if config.norm_topk_prob:
+        weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
+    return expert_ids, weights * config.routed_scaling_factor
+
+
+def _mask_groups(config: DecoderConfig, biased: Float[Array, "T E"]) -> Float[Array, "T E"]:
+    """Keep the `topk_group` groups with the largest sum of two best scores; the others can never be chosen."""
+    groups = biased.reshape(biased.shape[0], config.n_group, -1)
+    group_scores = jnp.sum(jax.lax.top_k(groups, 2)[0], axis=-1)
+    _, kept = jax.lax.top_k(group_scores, config.topk_group)
+    keep = jnp.any(kept[:, :, None] == jnp.arange(config.n_group), axis=1)
+    return jnp.where(keep[:, :, None], groups, -jnp.inf).reshape(biased.shape)
+
+
+def moe(
+    params: Params, config: DecoderConfig, x: Float[Array, "T M"], *, implementation: str | None = None
+) -> Float[Array, "T M"]:
+    """Sum of the chosen experts, weighted, plus the shared expert. `implementation` is `grouped_mlp`'s."""
+    expert_ids, weights = route(params, config, x)
+    routed = grouped_mlp(x, expert_ids, weights, params["gate_up"], params["down"], implementation=implementation)
+    return routed + swiglu_mlp(params["shared"], x)

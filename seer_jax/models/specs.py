@@ -1,0 +1,149 @@
+"""Every parameter of the decoder, declared once: shape, type, logical axes, initialiser.
+
+Abstract values, shardings, fresh weights and the checkpoint's expectations all come from this tree. The layout is the
+one that compute wants, so that no step slices or transposes a weight: matrices are [in, out], layers a Python list
+(slices of stacked layers cost 3x on CPU), MLA's two halves of `kv_b_proj` separate arrays, experts stacked.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seer_jax.models.config import DecoderConfig
+
+Params = dict[str, Any]
+"""Nested dict of arrays (or of `ParamSpec`s), `layers` a list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamSpec:
+    """Declaration of one parameter.
+
+    Attributes:
+        shape: Shape.
+        dtype: Element type.
+        logical_axes: A name per axis (see `seer_jax.sharding.rules`), None for axes that are never split.
+        init: `(key, shape, dtype) -> array`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    logical_axes: tuple[str | None, ...]
+    init: Callable[..., jax.Array]
+
+
+def decoder_specs(config: DecoderConfig, dtype: Any) -> Params:
+    """Declare the parameters of a decoder.
+
+    Args:
+        config: The shape.
+        dtype: Type of all weights but the router's, which is float32: its top-k must not flip by rounding.
+
+    Returns:
+        A tree of `ParamSpec`; `lm_head` is absent when it is tied to the embedding.
+    """
+    layers = [_layer_specs(config, index, dtype) for index in range(config.num_hidden_layers)]
+    model = config.hidden_size
+    specs = {
+        "embed": _normal((config.vocab_size, model), ("vocab", None), 1.0, dtype),
+        "layers": layers,
+        "final_norm": _ones((model,), dtype),
+    }
+    if not config.tie_word_embeddings:
+        specs["lm_head"] = _normal((model, config.vocab_size), (None, "vocab"), 0.5 * model**-0.5, dtype)
+    return specs
+
+
+def _layer_specs(config: DecoderConfig, index: int, dtype: Any) -> Params:
+    ffn = (
+        {"moe": _moe_specs(config, dtype)}
+        if config.is_moe_layer(index)
+        else {"mlp": _mlp_specs(config, config.intermediate_size, dtype)}
+    )
+    model = config.hidden_size
+    return {
+        "attn_norm": _ones((model,), dtype),
+        "attn": _mla_specs(config, dtype),
+        "ffn_norm": _ones((model,), dtype),
+        **ffn,
+    }
+
+
+def _mla_specs(config: DecoderConfig, dtype: Any) -> Params:
+    model, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    nope, value, query_width = config.qk_nope_head_dim, config.v_head_dim, heads * config.qk_head_dim
+    if config.q_lora_rank is None:
+        query = {"q_proj": _matrix(model, query_width, (None, "heads"), dtype)}
+    else:
+        query = {
+            "q_a_proj": _matrix(model, config.q_lora_rank, (None, None), dtype),
+            "q_a_norm": _ones((config.q_lora_rank,), dtype),
+            "q_b_proj": _matrix(config.q_lora_rank, query_width, (None, "heads"), dtype),
+        }
+    return query | {
+        "kv_a_proj": _matrix(model, config.latent_width, (None, None), dtype),
+        "kv_a_norm": _ones((rank,), dtype),
+        "k_up": _normal((heads, nope, rank), ("heads", None, None), rank**-0.5, dtype),
+        "v_up": _normal((heads, rank, value), ("heads", None, None), rank**-0.5, dtype),
+        "o_proj": _output_matrix(config, (heads * value, model), ("heads", None), dtype),
+    }
+
+
+def _mlp_specs(config: DecoderConfig, width: int, dtype: Any) -> Params:
+    return {
+        "gate_up": _matrix(config.hidden_size, 2 * width, (None, "mlp"), dtype),
+        "down": _output_matrix(config, (width, config.hidden_size), ("mlp", None), dtype),
+    }
+
+
+def _moe_specs(config: DecoderConfig, dtype: Any) -> Params:
+    model, experts, width = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
+    return {
+        "router": _matrix(model, experts, (None, None), jnp.float32),
+        "router_bias": ParamSpec(
+            shape=(experts,), dtype=jnp.float32, logical_axes=(None,), init=jax.nn.initializers.zeros
+        ),
+        "gate_up": _normal((experts, model, 2 * width), ("experts", None, "expert_mlp"), model**-0.5, dtype),
+        "down": _output_matrix(config, (experts, width, model), ("experts", "expert_mlp", None), dtype),
+        "shared": _mlp_specs(config, config.n_shared_experts * width, dtype),
+    }
+
+
+def _normal(shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, dtype: Any) -> ParamSpec:
+    return ParamSpec(shape=shape, dtype=dtype, logical_axes=axes, init=jax.nn.initializers.normal(std))
+
+
+def _matrix(rows: int, columns: int, axes: tuple[str | None, ...], dtype: Any) -> ParamSpec:
+    return _normal((rows, columns), axes, rows**-0.5, dtype)
+
+
+def _output_matrix(
+    config: DecoderConfig, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any
+) -> ParamSpec:
+    # What a layer adds to the residual stream shrinks with depth, so that the stream's scale does not grow (GPT-2).
+    return _normal(shape, axes, (shape[-2] * 2 * config.num_hidden_layers) ** -0.5, dtype)
+
+
+def _ones(shape: tuple[int, ...], dtype: Any) -> ParamSpec:
+    return ParamSpec(shape=shape, dtype=dtype, logical_axes=(None,) * len(shape), init=jax.nn.initializers.ones)
+
+
+def init_params(key: jax.Array, specs: Params) -> Params:
+    """Draw fresh weights; one key per parameter, by its place in the tree."""
+    leaves, structure = jax.tree.flatten(specs)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(structure, [s.init(k, s.shape, s.dtype) for s, k in zip(leaves, keys, strict=True)])
+
+
+def abstract_params(specs: Params) -> Params:
+    """Return `jax.ShapeDtypeStruct`s in the place of the specs."""
+    return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
+
+
+def num_params(specs: Params) -> int:
+    """Count the parameters."""
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs))
