@@ -1,0 +1,58 @@
+"""Rewards of a batch of samples. A reward function that crashes costs its own sample, never the batch."""
+
+import math
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32
+
+from seer_jax.core.types import RequestId, Sample
+from seer_jax.train.tasks.task import Prompt, Task
+from seer_jax.train.tokenizer import decode
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardFailure:
+    """A sample that could not be judged.
+
+    Attributes:
+        request_id: Group and index of the sample.
+        error: Traceback of the crash, or what was wrong with the value returned.
+    """
+
+    request_id: RequestId
+    error: str
+
+
+def compute_rewards(
+    task: Task, prompts: Mapping[int, Prompt], samples: Sequence[Sample]
+) -> tuple[Float32[np.ndarray, " samples"], tuple[RewardFailure, ...]]:
+    """Judge every sample, one after the other in this process.
+
+    Args:
+        task: Judges a response.
+        prompts: The prompt of every group id.
+        samples: Finished responses, in any order.
+
+    Returns:
+        The rewards in the order of `samples`, nan where there is none (such a sample must be left out of its group's
+        advantages and of the loss), and one failure for each nan.
+    """
+    rewards = np.full(len(samples), np.nan, np.float32)
+    failures = []
+    for i, sample in enumerate(samples):
+        prompt = prompts[sample.request_id.group_id]
+        try:
+            reward = task.reward(prompt, decode(sample.token_ids))
+        # The function is the user's: whatever it raises is a result to report, not a state of ours to unwind.
+        except Exception:
+            failures.append(RewardFailure(request_id=sample.request_id, error=traceback.format_exc()))
+            continue
+        if math.isfinite(reward):
+            rewards[i] = reward
+        else:
+            error = f"the reward function returned {reward}, not a finite number"
+            failures.append(RewardFailure(request_id=sample.request_id, error=error))
+    return rewards, tuple(failures)
