@@ -1,0 +1,81 @@
+"""Logical axis -> mesh axis, the whole sharding of a model in one table."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from seer_jax.core.errors import ConfigError
+
+
+class Declaration(Protocol):
+    """What sharding needs to know of a parameter; `seer_jax.models.specs.ParamSpec` is one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape."""
+        ...
+
+    @property
+    def logical_axes(self) -> tuple[str | None, ...]:
+        """A field of `ShardingRules` per axis; None for axes that are never split."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingRules:
+    """Mesh axis of each logical axis; None = every device holds all of it."""
+
+    vocab: str | None = "tensor"
+    """Rows of the embedding, columns of the LM head."""
+    heads: str | None = "tensor"
+    """Attention heads; the latent cache is shared by all heads and not split."""
+    mlp: str | None = "tensor"
+    """Width of dense MLPs and of the shared expert."""
+    experts: str | None = "expert"
+    """Routed experts."""
+    expert_mlp: str | None = "tensor"
+    """Width of each routed expert."""
+
+    def partition_spec(self, logical_axes: tuple[str | None, ...]) -> PartitionSpec:
+        """Translate the axes of one array.
+
+        Raises:
+            ConfigError: Two of its axes lie on the same mesh axis.
+        """
+        mesh_axes = [None if axis is None else getattr(self, axis) for axis in logical_axes]
+        used = [axis for axis in mesh_axes if axis is not None]
+        if len(set(used)) < len(used):
+            raise ConfigError("sharding.rules", f"{logical_axes} would use a mesh axis twice: {mesh_axes}")
+        return PartitionSpec(*mesh_axes)
+
+
+def shardings_for(specs: Any, mesh: Mesh, rules: ShardingRules | None = None) -> Any:
+    """Return a `NamedSharding` for every parameter.
+
+    Args:
+        specs: Tree of parameter declarations.
+        mesh: The mesh.
+        rules: The table; None takes the defaults.
+
+    Returns:
+        A tree like `specs`, for `jax.device_put` or `jax.jit`.
+
+    Raises:
+        ConfigError: A dimension does not divide by the mesh axis it lies on; names the axis.
+    """
+    rules = rules or ShardingRules()
+
+    def sharding(spec: Declaration) -> NamedSharding:
+        partition = rules.partition_spec(spec.logical_axes)
+        for size, logical, mesh_axis in zip(spec.shape, spec.logical_axes, partition, strict=True):
+            if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+                raise ConfigError(
+                    f"sharding.{mesh_axis}",
+                    f"{mesh.shape[mesh_axis]} does not divide the model's {size} {logical}",
+                    f"use a divisor of {size}",
+                )
+        return NamedSharding(mesh, partition)
+
+    return jax.tree.map(sharding, specs)
