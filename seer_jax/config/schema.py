@@ -24,7 +24,7 @@ class DataConfig:
     task: str = "chain_sum"
     """A built-in task (generates its prompts from `seed`), or `jsonl` to read `path`."""
     path: str | None = None
-    """JSONL file for `task: jsonl`: one object a line with `prompt` (text) or `prompt_token_ids`, plus what the reward needs."""
+    """JSONL file for `task: jsonl`: a line has `prompt` (text) or `prompt_token_ids`, plus what the reward needs."""
     reward: str | None = None
     """`package.module:function(prompt: str, response: str, record: dict) -> float`; None takes the task's own."""
     heldout_prompts: int = 96
@@ -50,7 +50,7 @@ class RolloutConfig:
     """Scheduling of one rollout over the instances."""
 
     policy: Literal["seer", "group_round_robin"] = "seer"
-    """`seer`: divided rollout, probes, longest first. `group_round_robin`: veRL's whole groups, preempted when pages run out."""
+    """`seer`: divided rollout, probes, longest first. `group_round_robin`: veRL's whole groups, which may be preempted."""
     runtime: Literal["ray", "local"] = "ray"
     """`ray`: one actor process per instance. `local`: all instances in this process, for debugging."""
     instances: int = 2
@@ -110,7 +110,8 @@ class TrainConfig:
     iterations: int = 12
     """RL iterations: rollout, reward, update, weights to the instances."""
     loss: Literal["grpo", "dr_grpo", "k15"] = "grpo"
-    """`grpo`: group-normalised advantages, token-level clipping. `dr_grpo`: without length and std bias. `k15`: Kimi K1.5's squared objective."""
+    """`grpo`: group-normalised advantages, token-level clipping. `dr_grpo`: without length and std bias. `k15`: Kimi
+    K1.5's squared objective."""
     learning_rate: float = 3e-4
     """Peak learning rate of AdamW."""
     warmup_updates: int = 2
@@ -154,3 +155,8 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     run_dir: str = "runs/{name}-{time}"
     """Where metrics, configuration and checkpoints go; `{name}` is the preset, `{time}` the start."""
+
+
+def num_mesh_devices(sharding: ShardingConfig) -> int:
+    """Devices of one instance."""
+    return sharding.data * sharding.expert * sharding.tensor

@@ -1,0 +1,65 @@
+"""`--dry-run`: everything that can be checked and said without a device."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from seer_jax.config.dump import to_yaml
+from seer_jax.config.presets import resolve_preset_path
+from seer_jax.config.schema import RunConfig
+from seer_jax.obs.metrics import to_json_line
+from seer_jax.obs.tables import print_summary
+
+BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
+
+
+def print_dry_run(config: RunConfig, *, json: bool) -> None:
+    """Print the resolved configuration and what would run.
+
+    Args:
+        config: A validated configuration.
+        json: Whether to print one JSON object instead.
+
+    Raises:
+        ConfigError: If the task, its data or the model's `config.json` is unusable.
+    """
+    plan = make_plan(config)
+    if json:
+        print(to_json_line({"dry_run": True, "plan": plan, "config": asdict(config)}))
+    else:
+        print(to_yaml(config))
+        print_summary(plan, title="would run")
+
+
+def make_plan(config: RunConfig) -> dict[str, Any]:
+    """Work out the size of a run from the configuration and the model's `config.json`.
+
+    Args:
+        config: A validated configuration.
+
+    Returns:
+        Instances, requests, pages and bytes, ready to print.
+
+    Raises:
+        ConfigError: If the task, its data or the model's `config.json` is unusable.
+    """
+    # These two import jax, which parsing and checking the arguments must not wait for.
+    from seer_jax.train.tasks import make_task
+    from seer_jax.weights.checkpoint import load_config
+
+    make_task(config.data)
+    model = load_config(resolve_preset_path(config.model.path))
+    rollout, engine, sharding = config.rollout, config.engine, config.sharding
+    kv_bytes_per_token = model.num_hidden_layers * model.latent_width * BYTES_PER_VALUE[config.model.dtype]
+    return {
+        "instances": rollout.instances,
+        "devices_per_instance": sharding.data * sharding.expert * sharding.tensor,
+        "runtime": rollout.runtime,
+        "policy": rollout.policy,
+        "requests_per_iteration": rollout.num_groups * rollout.group_size,
+        "chunks_per_request_max": math.ceil(config.sampling.max_tokens / rollout.chunk_size),
+        "pages_per_instance": engine.num_pages,
+        "kv_tokens_per_instance": (engine.num_pages - 1) * engine.page_size,
+        "kv_bytes_per_token": kv_bytes_per_token,
+        "kv_bytes_per_instance": engine.num_pages * engine.page_size * kv_bytes_per_token,
+    }

@@ -1,0 +1,145 @@
+"""Checks across settings that need neither checkpoint, data nor devices; those are checked where they are read."""
+
+import math
+import string
+
+from seer_jax.config.decode import iterate_settings
+from seer_jax.config.schema import RunConfig
+from seer_jax.core.errors import CapacityError, ConfigError
+
+AT_LEAST = {
+    "seed": 0,
+    "data.heldout_prompts": 0,
+    "sampling.max_tokens": 1,
+    "sampling.temperature": 0,
+    "sampling.top_k": 0,
+    "rollout.instances": 1,
+    "rollout.num_groups": 1,
+    "rollout.group_size": 1,
+    "rollout.chunk_size": 1,
+    "rollout.starvation_interval": 0,
+    "rollout.prefetch_chunks": 0,
+    "engine.max_num_seqs": 1,
+    "engine.max_model_len": 2,
+    "engine.page_size": 1,
+    "engine.num_pages": 2,
+    "engine.max_prefill_tokens": 1,
+    "engine.prefill_tile": 1,
+    "engine.max_steps_per_dispatch": 1,
+    "sharding.data": 1,
+    "sharding.expert": 1,
+    "sharding.tensor": 1,
+    "train.iterations": 1,
+    "train.warmup_updates": 0,
+    "train.weight_decay": 0,
+    "train.kl_coef": 0,
+    "train.num_minibatches": 1,
+    "train.tokens_per_microbatch": 1,
+    "train.eval_samples": 1,
+    "train.checkpoint_every": 1,
+    "train.keep_checkpoints": 1,
+}
+"""Smallest sensible value of a setting."""
+
+ABOVE_ZERO = (
+    "sampling.top_p",
+    "train.learning_rate",
+    "train.max_grad_norm",
+    "train.clip_low",
+    "train.clip_high",
+    "train.k15_tau",
+)
+"""Settings that zero makes meaningless."""
+
+RESERVED_PAGES = 1
+"""Page 0 takes the writes of padding rows and is never handed out."""
+
+
+def validate(config: RunConfig, *, training: bool) -> None:
+    """Reject what cannot work, before anything heavy starts.
+
+    Args:
+        config: The resolved configuration.
+        training: Whether samples will be trained on; that asks more of sampling and groups.
+
+    Raises:
+        ConfigError: Names the setting, its value and the fix.
+        CapacityError: One request can never fit in the pages of an instance.
+    """
+    _check_ranges(config)
+    _check_lengths(config)
+    _check_run_dir(config.run_dir)
+    if training:
+        _check_training(config)
+
+
+def _check_ranges(config: RunConfig) -> None:
+    for path, value in iterate_settings(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(path, f"is {value}", "give a finite number")
+        if path in AT_LEAST and value < AT_LEAST[path]:
+            raise ConfigError(path, f"is {value}", f"give at least {AT_LEAST[path]}")
+        if path in ABOVE_ZERO and value <= 0:
+            raise ConfigError(path, f"is {value}", "give a number above 0")
+    if config.sampling.top_p > 1:
+        raise ConfigError("sampling.top_p", f"is {config.sampling.top_p}", "give a share in (0, 1]; 1 keeps all")
+    if config.train.clip_low >= 1:
+        problem = f"is {config.train.clip_low}, so the ratio is never clipped from below"
+        raise ConfigError("train.clip_low", problem, "give a number in (0, 1)")
+
+
+def _check_lengths(config: RunConfig) -> None:
+    sampling, engine = config.sampling, config.engine
+    if sampling.max_tokens >= engine.max_model_len:
+        problem = f"is {sampling.max_tokens}, so no prompt fits in engine.max_model_len={engine.max_model_len} as well"
+        fix = f"give at most {engine.max_model_len - 1}, or raise engine.max_model_len"
+        raise ConfigError("sampling.max_tokens", problem, fix)
+    if engine.prefill_tile > engine.max_prefill_tokens:
+        raise ConfigError(
+            "engine.prefill_tile",
+            f"is {engine.prefill_tile}, above engine.max_prefill_tokens={engine.max_prefill_tokens}",
+            "a tile must fit in one step's prefill",
+        )
+    needed, usable = math.ceil(engine.max_model_len / engine.page_size), engine.num_pages - RESERVED_PAGES
+    if needed > usable:
+        raise CapacityError(
+            f"engine.num_pages: is {engine.num_pages}, but one request of engine.max_model_len={engine.max_model_len} "
+            f"tokens in pages of {engine.page_size}",
+            needed,
+            usable,
+            "pages",
+            f"give at least {needed + RESERVED_PAGES}, or lower engine.max_model_len; page 0 is reserved",
+        )
+
+
+def _check_run_dir(template: str) -> None:
+    try:
+        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ConfigError("run_dir", f"{template!r}: {error}", "use {name} and {time} only") from error
+    if not template or names - {"name", "time"}:
+        raise ConfigError("run_dir", f"cannot be filled in: {template!r}", "use {name} and {time} only")
+
+
+def _check_training(config: RunConfig) -> None:
+    sampling, rollout, train = config.sampling, config.rollout, config.train
+    for path, value, right, needed in (
+        ("sampling.top_p", sampling.top_p, sampling.top_p == 1, "1"),
+        ("sampling.top_k", sampling.top_k, sampling.top_k == 0, "0"),
+        ("sampling.temperature", sampling.temperature, sampling.temperature > 0, "a number above 0"),
+    ):
+        if not right:
+            problem = f"is {value}, but GRPO needs samples of the policy itself"
+            raise ConfigError(path, problem, f"training needs {needed}")
+    if rollout.group_size < 2:
+        problem = f"is {rollout.group_size}, and a response is judged against the others of its group"
+        raise ConfigError("rollout.group_size", problem, "training needs at least 2")
+    if config.data.heldout_prompts < 1:
+        raise ConfigError("data.heldout_prompts", "is 0", "training measures the reward on at least 1")
+    num_requests = rollout.num_groups * rollout.group_size
+    if train.num_minibatches > num_requests:
+        problem = f"is {train.num_minibatches}, above the {num_requests} responses of an iteration"
+        raise ConfigError("train.num_minibatches", problem, f"give at most {num_requests}")
+    if train.tokens_per_microbatch < config.engine.max_model_len:
+        problem = f"is {train.tokens_per_microbatch}, below engine.max_model_len={config.engine.max_model_len}"
+        raise ConfigError("train.tokens_per_microbatch", problem, "the longest sequence must fit in a microbatch")
