@@ -1,23 +1,33 @@
 """Command-line arguments: tyro makes the form from dataclasses, `config.decode` reads what was typed into it.
 
-tyro would convert values itself and explain faults in a box of its own; instead every value stays text until
-`decode` reads it, so that the command line and YAML accept the same and complain alike, in one line.
+tyro would convert values itself and explain faults in a box of its own; instead it collects text in plain mappings,
+and `decode` reads those as it reads YAML: the command line and YAML accept the same and complain alike, in one line.
 """
 
+import inspect
 import types
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from seer_jax.config.decode import CommandLineText, decode, iterate_settings
+from seer_jax.config.docs import read_field_docs
 from seer_jax.config.presets import load_config
 from seer_jax.config.schema import RunConfig
 from seer_jax.config.suggest import did_you_mean
 from seer_jax.core.errors import ConfigError
+from seer_jax.obs.run_dir import CONFIG_FILE
 
 A = TypeVar("A")
 
@@ -36,18 +46,18 @@ Settings = Annotated[RunConfig, tyro.conf.arg(name="")]
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """The option that decides the defaults of all others, so it is read first."""
+    """The options that decide the defaults of all others, so they are read first."""
 
-    config: str = ""
-    resume: str = ""
+    config: str | None = None
+    resume: str | None = None
 
 
 def parse_job(cls: type[A], argv: Sequence[str], *, prog: str) -> A:
     """Parse the arguments of a verb that runs a configuration.
 
     Args:
-        cls: Frozen dataclass of the verb's options with fields `config: str` and `run: Settings`; its docstring is
-            the help text.
+        cls: Frozen dataclass of the verb's options with fields `config: str` and `run: Settings`; its docstring and
+            those of its fields are the help text.
         argv: Arguments after the verb.
         prog: How the verb is called, such as `seer-jax train`.
 
@@ -59,37 +69,67 @@ def parse_job(cls: type[A], argv: Sequence[str], *, prog: str) -> A:
         SystemExit: With 0 after `--help`.
     """
     argv = [_expand_short_form(argument) for argument in argv]
-    source, _ = tyro.cli(_Source, args=argv, add_help=False, return_unknown_args=True, registry=_TEXT)
-    defaults = cls()
-    base = _load_resumed(source) if source.resume else load_config(source.config or defaults.config)
-    parsed = parse_options(argv, prog=prog, defaults=replace(defaults, run=base))
-    return replace(parsed, run=decode(RunConfig, asdict(parsed.run), base=base))
+    values, _ = tyro.cli(_Source, args=argv, add_help=False, return_unknown_args=True, registry=_TEXT)
+    source, defaults = decode(_Source, values, base=_Source()), cls()
+    if source.resume is not None:
+        base = _load_resumed(source.resume, source.config)
+    else:
+        base = load_config(defaults.config if source.config is None else source.config)
+    return parse_options(argv, prog=prog, defaults=replace(defaults, run=base))
 
 
 def parse_options(argv: Sequence[str], *, prog: str, defaults: A) -> A:
-    """Parse the arguments of a verb; whatever was typed is still text.
+    """Parse the arguments of a verb.
 
     Args:
         argv: Arguments after the verb.
         prog: How the verb is called.
-        defaults: A frozen dataclass that gives the options, their defaults and, in its docstring, the help text.
+        defaults: Frozen dataclass that gives the options, their defaults and the help text.
 
     Returns:
         The options.
 
     Raises:
-        ConfigError: For an unknown argument.
+        ConfigError: For an unknown argument or a value of the wrong type.
         SystemExit: With 0 after `--help`.
     """
-    parsed, unknown = tyro.cli(
-        type(defaults), prog=prog, args=argv, default=defaults, return_unknown_args=True, registry=_TEXT
+    cls = type(defaults)
+    values, unknown = tyro.cli(
+        cls,
+        prog=prog,
+        description=inspect.getdoc(cls),
+        args=argv,
+        default=defaults,
+        return_unknown_args=True,
+        registry=_TEXT,
     )
     if unknown:
         raise _unknown_argument(unknown[0], defaults)
-    return parsed
+    settings = values.pop("run", None)
+    options = decode(cls, values, base=defaults)
+    if settings is None:
+        return options
+    # Read on its own, since its options and so its errors have no `run.` before them.
+    return replace(options, run=decode(RunConfig, settings, base=defaults.run))
 
 
 _TEXT = ConstructorRegistry()
+
+
+@_TEXT.struct_rule
+def _collect(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Let tyro collect the options of a dataclass in a mapping."""
+    if not is_dataclass(info.type):
+        return None
+    hints, docs = get_type_hints(info.type, include_extras=True), read_field_docs(info.type)
+    default = info.default if is_dataclass(info.default) else info.type()
+    options = [
+        StructFieldSpec(
+            name=field.name, type=hints[field.name], default=getattr(default, field.name), helptext=docs.get(field.name)
+        )
+        for field in fields(info.type)
+    ]
+    return StructConstructorSpec(instantiate=dict, fields=tuple(options))
 
 
 @_TEXT.primitive_rule
@@ -114,12 +154,12 @@ def _keep_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     )
 
 
-def _load_resumed(source: _Source) -> RunConfig:
-    if source.config:
-        raise ConfigError("resume", f"{source.resume!r} brings its own configuration", "leave out --config")
-    file = Path(source.resume).expanduser() / "config.yaml"
+def _load_resumed(run_dir: str, config: str | None) -> RunConfig:
+    if config is not None:
+        raise ConfigError("resume", f"{run_dir!r} brings its own configuration", "leave out --config")
+    file = Path(run_dir).expanduser() / CONFIG_FILE
     if not file.is_file():
-        raise ConfigError("resume", f"{source.resume!r} holds no config.yaml", "give the directory of an earlier run")
+        raise ConfigError("resume", f"{run_dir!r} holds no {CONFIG_FILE}", "give the directory of an earlier run")
     return load_config(str(file))
 
 

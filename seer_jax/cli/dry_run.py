@@ -6,7 +6,7 @@ from typing import Any
 
 from seer_jax.config.dump import to_yaml
 from seer_jax.config.presets import resolve_preset_path
-from seer_jax.config.schema import RunConfig
+from seer_jax.config.schema import RunConfig, num_mesh_devices
 from seer_jax.obs.metrics import to_json_line
 from seer_jax.obs.tables import print_summary
 
@@ -49,11 +49,11 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
 
     make_task(config.data)
     model = load_config(resolve_preset_path(config.model.path))
-    rollout, engine, sharding = config.rollout, config.engine, config.sharding
+    rollout, engine = config.rollout, config.engine
     kv_bytes_per_token = model.num_hidden_layers * model.latent_width * BYTES_PER_VALUE[config.model.dtype]
     return {
         "instances": rollout.instances,
-        "devices_per_instance": sharding.data * sharding.expert * sharding.tensor,
+        "devices_per_instance": num_mesh_devices(config.sharding),
         "runtime": rollout.runtime,
         "policy": rollout.policy,
         "requests_per_iteration": rollout.num_groups * rollout.group_size,

@@ -26,7 +26,7 @@ class RolloutArguments:
 
     config: str = "tiny_math"
     """A preset (`seer-jax config list`) or the path of a YAML file; options override it."""
-    compare: str = ""
+    compare: str | None = None
     """Policies to run one after the other on the same prompts, such as `seer,group_round_robin`."""
     json: Switch = False
     """The last line of stdout is one JSON object; nothing else for humans is written there."""
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         SeerError: Bad input, or a run that failed.
     """
     arguments = parse_job(RolloutArguments, argv, prog="seer-jax rollout")
-    policies = _read_policies(arguments.compare) if arguments.compare else (arguments.run.rollout.policy,)
+    policies = _list_policies(arguments)
     validate(arguments.run, training=False)
     if arguments.dry_run:
         print_dry_run(arguments.run, json=arguments.json)
@@ -59,15 +59,17 @@ def main(argv: Sequence[str]) -> int:
 
     runs = jobs.rollout(arguments.run, RolloutOptions(run_dir=run_dir, policies=policies, json=arguments.json))
     if arguments.json:
-        print(to_json_line({"runs": runs} if arguments.compare else runs[0]))
+        print(to_json_line({"runs": runs} if arguments.compare is not None else runs[0]))
     else:
         print_rollouts(runs)
     return 0
 
 
-def _read_policies(text: str) -> tuple[str, ...]:
+def _list_policies(arguments: RolloutArguments) -> tuple[str, ...]:
+    if arguments.compare is None:
+        return (arguments.run.rollout.policy,)
     known = get_args(get_type_hints(RolloutConfig)["policy"])
-    policies = tuple(part.strip() for part in text.split(","))
+    policies = tuple(part.strip() for part in arguments.compare.split(","))
     for policy in policies:
         if policy not in known:
             raise ConfigError("compare", f"no policy {policy!r}", did_you_mean(policy, known))

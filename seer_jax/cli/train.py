@@ -25,7 +25,7 @@ class TrainArguments:
 
     config: str = "tiny_math"
     """A preset (`seer-jax config list`) or the path of a YAML file; options override it."""
-    resume: str = ""
+    resume: str | None = None
     """Go on from the last checkpoint in this run directory, with the configuration saved there."""
     json: Switch = False
     """The last line of stdout is one JSON object; nothing else for humans is written there."""
@@ -51,8 +51,9 @@ def main(argv: Sequence[str]) -> int:
     if arguments.dry_run:
         print_dry_run(arguments.run, json=arguments.json)
         return 0
-    run_dir = Path(arguments.resume or fill_run_dir(arguments.run.run_dir, arguments.config, datetime.now()))
-    options = TrainOptions(run_dir=run_dir.expanduser(), resume=bool(arguments.resume), json=arguments.json)
+    resume = arguments.resume is not None
+    run_dir = arguments.resume or fill_run_dir(arguments.run.run_dir, arguments.config, datetime.now())
+    options = TrainOptions(run_dir=Path(run_dir).expanduser(), resume=resume, json=arguments.json)
 
     from seer_jax.cli import jobs
 

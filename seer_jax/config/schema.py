@@ -50,7 +50,7 @@ class RolloutConfig:
     """Scheduling of one rollout over the instances."""
 
     policy: Literal["seer", "group_round_robin"] = "seer"
-    """`seer`: divided rollout, probes, longest first. `group_round_robin`: veRL's whole groups, which may be preempted."""
+    """`seer`: divided rollout, probes, longest first. `group_round_robin`: veRL's whole groups, may be preempted."""
     runtime: Literal["ray", "local"] = "ray"
     """`ray`: one actor process per instance. `local`: all instances in this process, for debugging."""
     instances: int = 2

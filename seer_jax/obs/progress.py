@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -79,7 +78,7 @@ class ProgressDisplay:
     def _rate(self, tokens: int) -> str:
         return f"{tokens / self._elapsed_s:,.0f}" if self._elapsed_s > 0 else "-"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ProgressDisplay":
         if self._live is not None:
             self._live.start()
         return self
