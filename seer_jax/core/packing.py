@@ -1,0 +1,191 @@
+"""A step plan as one int32 array of bucketed shape: one transfer to the device, one compiled program per bucket.
+
+Layout of the packed array: `[num_steps] + entries[num_entries, NUM_FIELDS + num_pages] + token_ids`. An entry is a run of
+query tokens of one request that attend together: a decode row (1 token) or a prefill tile (`tile` tokens). Rows come first.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from seer_jax.config.schema import EngineConfig
+from seer_jax.core.batching import Sequence, StepPlan
+from seer_jax.core.kv.page_pool import pages_for_tokens
+from seer_jax.core.types import MAX_STOP_TOKENS
+
+FIRST_POSITION, COUNT, SAMPLE, REMAINING, KEY_LOW, KEY_HIGH, TOP_K, TEMPERATURE, TOP_P, STOP_IDS = range(10)
+NUM_FIELDS = STOP_IDS + MAX_STOP_TOKENS
+"""Columns of an entry before its block table; floats are stored as their bits."""
+
+SMALLEST_CONTEXT = 128
+"""Tokens of the smallest context bucket: below it attention costs less than another compilation is worth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """The static shape of a step program.
+
+    Attributes:
+        num_rows: Decode rows.
+        num_tiles: Prefill tiles; 0 in a decode program.
+        tile: Query tokens per prefill tile.
+        num_pages: Block-table width: context bucket / page size.
+    """
+
+    num_rows: int
+    num_tiles: int
+    tile: int
+    num_pages: int
+
+    @property
+    def num_entries(self) -> int:
+        """Rows and tiles."""
+        return self.num_rows + self.num_tiles
+
+    @property
+    def num_tokens(self) -> int:
+        """Packed query tokens."""
+        return self.num_rows + self.num_tiles * self.tile
+
+    @property
+    def packed_size(self) -> int:
+        """Elements of the packed array."""
+        return 1 + self.num_entries * (NUM_FIELDS + self.num_pages) + self.num_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """`count` query tokens of `sequence` from position `start`; `sample` if the next token is drawn after them."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    sample: bool
+
+
+def split_entries(plan: StepPlan, tile: int) -> tuple[list[Entry], list[Entry]]:
+    """Cut a plan into decode rows and prefill tiles of at most `tile` tokens.
+
+    With `tile == 1` prefill tokens become rows as well: the deterministic mode, where every token of every request is
+    computed by the same program at the same shape.
+    """
+    rows = [Entry(sequence=s, start=s.num_tokens - 1, count=1, sample=True) for s in plan.decodes]
+    tiles = []
+    for piece in plan.prefills:
+        end = piece.start + piece.count
+        for start in range(piece.start, end, tile):
+            count = min(tile, end - start)
+            sample = piece.is_last and start + count == end
+            tiles.append(Entry(sequence=piece.sequence, start=start, count=count, sample=sample))
+    return (rows + tiles, []) if tile == 1 else (rows, tiles)
+
+
+def pack(rows: list[Entry], tiles: list[Entry], shape: StepShape, num_steps: int) -> np.ndarray:
+    """Write entries into a packed array.
+
+    Args:
+        rows: At most `shape.num_rows` entries of one token.
+        tiles: At most `shape.num_tiles` entries.
+        shape: The bucket.
+        num_steps: Decode steps to run at most.
+
+    Returns:
+        int32 [shape.packed_size]; padding entries have count 0 and point at the garbage page.
+    """
+    packed = np.zeros(shape.packed_size, np.int32)
+    packed[0] = num_steps
+    table_end = 1 + shape.num_entries * (NUM_FIELDS + shape.num_pages)
+    table = packed[1:table_end].reshape(shape.num_entries, -1)
+    floats = table.view(np.float32)
+    floats[:, TOP_P] = floats[:, TEMPERATURE] = 1.0
+    table[:, STOP_IDS:NUM_FIELDS] = -1
+    row_tokens = packed[table_end : table_end + shape.num_rows].reshape(-1, 1)
+    tile_tokens = packed[table_end + shape.num_rows :].reshape(-1, shape.tile)
+    for entries, offset, tokens in ((rows, 0, row_tokens), (tiles, shape.num_rows, tile_tokens)):
+        for i, entry in enumerate(entries):
+            sequence, sampling, line = entry.sequence, entry.sequence.chunk.sampling, table[offset + i]
+            key = sequence.chunk.sampling_key
+            line[FIRST_POSITION : TOP_K + 1] = (
+                entry.start,
+                entry.count,
+                entry.sample,
+                sequence.limit - sequence.num_tokens,
+                _as_int32(key & 0xFFFFFFFF),
+                _as_int32(key >> 32),
+                sampling.top_k,
+            )
+            floats[offset + i, TEMPERATURE : TOP_P + 1] = sampling.temperature, sampling.top_p
+            line[STOP_IDS : STOP_IDS + len(sampling.stop_token_ids)] = sampling.stop_token_ids
+            pages = sequence.pages[: shape.num_pages]
+            line[NUM_FIELDS : NUM_FIELDS + len(pages)] = pages
+            tokens[i, : entry.count] = sequence.token_ids[entry.start : entry.start + entry.count]
+    return packed
+
+
+class StepBuckets:
+    """The step shapes that an engine compiles, and the choice among them.
+
+    Decode programs come in a few numbers of rows and context lengths; mixed programs always have all rows and come in a
+    few numbers of tiles and fewer context lengths. In the deterministic mode there is one shape for everything.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.max_pages = pages_for_tokens(config.max_model_len, config.page_size)
+        num_slots = config.max_num_seqs
+        self.page_size = config.page_size
+        if config.deterministic:
+            self.tile = 1
+            self.max_prefill_tokens = min(config.max_prefill_tokens, num_slots)
+            self._rows: tuple[int, ...] = (num_slots + self.max_prefill_tokens,)
+            self._tiles: tuple[int, ...] = ()
+            self._decode_pages: tuple[int, ...] = (self.max_pages,)
+            self._mixed_pages: tuple[int, ...] = ()
+            return
+        self.tile = config.prefill_tile
+        max_tiles = pages_for_tokens(config.max_prefill_tokens, self.tile)
+        self.max_prefill_tokens = max_tiles * self.tile
+        smallest = min(self.max_pages, pages_for_tokens(SMALLEST_CONTEXT, config.page_size))
+        self._rows = geometric_buckets(min(4, num_slots), num_slots, 4)
+        self._tiles = geometric_buckets(min(2, max_tiles), max_tiles, 2)
+        self._decode_pages = geometric_buckets(smallest, self.max_pages, 2)
+        self._mixed_pages = geometric_buckets(smallest, self.max_pages, 4)
+
+    def all_shapes(self) -> list[StepShape]:
+        """Every shape that `pick` can return."""
+        decode = [self._shape(rows, 0, pages) for rows in self._rows for pages in self._decode_pages]
+        return decode + [self._shape(self._rows[-1], tiles, p) for tiles in self._tiles for p in self._mixed_pages]
+
+    def pick(self, rows: list[Entry], tiles: list[Entry], num_steps: int) -> StepShape:
+        """The smallest shape that holds these entries and the context that `num_steps` steps reach."""
+        steps = 1 if tiles else num_steps
+        context = max(min(entry.start + entry.count + steps, entry.sequence.limit) for entry in rows + tiles)
+        num_pages = pages_for_tokens(context, self.page_size)
+        if tiles:
+            return self._shape(
+                self._rows[-1], pick_bucket(len(tiles), self._tiles), pick_bucket(num_pages, self._mixed_pages)
+            )
+        return self._shape(pick_bucket(len(rows), self._rows), 0, pick_bucket(num_pages, self._decode_pages))
+
+    def _shape(self, num_rows: int, num_tiles: int, num_pages: int) -> StepShape:
+        return StepShape(num_rows=num_rows, num_tiles=num_tiles, tile=self.tile, num_pages=num_pages)
+
+
+def pick_bucket(value: int, buckets: tuple[int, ...]) -> int:
+    """The smallest of the ascending `buckets` that holds `value`."""
+    for bucket in buckets:
+        if value <= bucket:
+            return bucket
+    raise ValueError(f"{value} exceeds the largest bucket {buckets[-1]}")
+
+
+def geometric_buckets(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
+    """`smallest`, `smallest * factor`, ... and always `largest`."""
+    buckets = []
+    while smallest < largest:
+        buckets.append(smallest)
+        smallest *= factor
+    return (*buckets, largest)
+
+
+def _as_int32(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word

@@ -1,0 +1,62 @@
+"""A set of instances as the rollout loop sees it, and the in-process implementation."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from seer_jax.core.events import Event, InstanceReport
+from seer_jax.core.types import InstanceInfo, RequestChunk
+from seer_jax.engine.engine import Engine
+
+
+class Cluster(Protocol):
+    """Instances that run chunks: in this process (`LocalCluster`) or as Ray actors (`distributed.RayCluster`)."""
+
+    infos: Sequence[InstanceInfo]
+
+    def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
+        """Reset counters and give every instance these weights (None: it keeps what it has); returns when all have them."""
+        ...
+
+    def send(self, chunks: Mapping[int, Sequence[RequestChunk]]) -> None:
+        """Hand chunks to instances, keyed by instance id; does not wait for them to run."""
+        ...
+
+    def wait(self) -> list[Event]:
+        """Block until something happened anywhere; finished chunks and telemetry."""
+        ...
+
+    def close(self) -> None:
+        """Stop all instances."""
+        ...
+
+
+class LocalCluster:
+    """All instances in this process, stepped in turn: for debugging, and for the reference run."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self._engines = {engine.info.instance_id: engine for engine in engines}
+        self.infos = [engine.info for engine in engines]
+
+    def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
+        """See `Cluster`."""
+        for engine in self._engines.values():
+            engine.start_iteration(policy_version, params)
+
+    def send(self, chunks: Mapping[int, Sequence[RequestChunk]]) -> None:
+        """See `Cluster`."""
+        for instance_id, batch in chunks.items():
+            for chunk in batch:
+                self._engines[instance_id].submit(chunk)
+
+    def wait(self) -> list[Event]:
+        """Run one dispatch on every instance that has work."""
+        events: list[Event] = []
+        for engine in self._engines.values():
+            if engine.has_work:
+                events += engine.step()
+                events.append(InstanceReport(status=engine.status()))
+        return events
+
+    def close(self) -> None:
+        """Drop the engines."""
+        self._engines.clear()

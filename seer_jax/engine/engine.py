@@ -1,0 +1,216 @@
+"""One inference engine: continuous batching over a paged latent KV cache on one mesh."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seer_jax.config.schema import EngineConfig
+from seer_jax.core.batching import BatchPlanner, Sequence
+from seer_jax.core.errors import ProtocolError, TransferError
+from seer_jax.core.events import ChunkFinished
+from seer_jax.core.packing import StepBuckets, StepShape, pack, split_entries
+from seer_jax.core.types import InstanceInfo, InstanceStatus, KVHandle, RequestChunk
+from seer_jax.engine.kv_transfer import HostKV, InProcessKVStore, KVStore, KVTransfer
+from seer_jax.engine.step import StepFn, make_step, unpack_outputs
+from seer_jax.models.config import DecoderConfig
+
+
+class Engine:
+    """Runs chunks; not thread-safe.
+
+    Invariants: every chunk, KV block and sample carries the policy version of the weights; mixing versions raises.
+    """
+
+    def __init__(
+        self,
+        model_config: DecoderConfig,
+        params: Mapping[str, Any],
+        config: EngineConfig,
+        *,
+        instance_id: int = 0,
+        policy_version: int = 0,
+        kv_store: KVStore | None = None,
+        shardings: Any = None,
+    ) -> None:
+        """Place the weights and allocate the caches.
+
+        Args:
+            model_config: Shapes of the model.
+            params: Weights, on host or device; cast to nothing, so their type is the compute and cache type.
+            config: Slots, pages, buckets.
+            instance_id: Name of this instance in events.
+            policy_version: Version of `params`.
+            kv_store: Where KV of paused chunks goes; in-process by default.
+            shardings: Pytree of shardings like `params`; None = the default device.
+        """
+        self.model_config, self.config = model_config, config
+        self.info = InstanceInfo(
+            instance_id=instance_id,
+            num_total_pages=config.num_pages - 1,
+            page_size=config.page_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+        )
+        self._buckets = StepBuckets(config)
+        self._planner = BatchPlanner(
+            self.info,
+            max_prefill_tokens=self._buckets.max_prefill_tokens,
+            prefill_tile=self._buckets.tile,
+            max_steps_per_dispatch=config.max_steps_per_dispatch,
+        )
+        self._kv_store = kv_store or InProcessKVStore()
+        self._transfer = KVTransfer(self._buckets.max_pages)
+        self._shardings = shardings
+        self._programs: dict[StepShape, StepFn] = {}
+        self.policy_version = policy_version
+        self.params = self._place(params)
+        dtype = params["embed"].dtype
+        cache_shape = (config.num_pages, config.page_size, model_config.latent_width)
+        self._caches = [jnp.zeros(cache_shape, dtype) for _ in range(model_config.num_hidden_layers)]
+        self._num_steps = self._num_dispatches = 0
+        self._host_time_s = self._device_time_s = 0.0
+
+    def submit(self, chunk: RequestChunk) -> None:
+        """Queue a chunk.
+
+        Raises:
+            ProtocolError: If the chunk is meant for other weights.
+        """
+        if chunk.policy_version != self.policy_version:
+            raise ProtocolError(
+                f"chunk of {chunk.request_id} wants policy version {chunk.policy_version}, instance has {self.policy_version}"
+            )
+        self._planner.add(chunk)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any chunk runs or waits."""
+        return bool(self._planner.running or self._planner.waiting)
+
+    def step(self) -> list[ChunkFinished]:
+        """Run one dispatch: admit, plan, launch, book. Returns the chunks that ended."""
+        started = time.perf_counter()
+        for sequence in self._planner.admit():
+            self._import_kv(sequence)
+        plan = self._planner.plan()
+        if plan is None:
+            return []
+        rows, tiles = split_entries(plan, self._buckets.tile)
+        shape = self._buckets.pick(rows, tiles, plan.num_steps)
+        packed = pack(rows, tiles, shape, plan.num_steps)
+        launched = time.perf_counter()
+        outputs = self._launch(shape, packed)
+        arrived = time.perf_counter()
+        entries = [*enumerate(rows), *enumerate(tiles, start=shape.num_rows)]
+        emitted = {entry.sequence: unpack_outputs(outputs, i) for i, entry in entries if entry.sample}
+        finished = [self._finish(sequence) for sequence in self._planner.commit(plan, emitted)]
+        self._num_dispatches += 1
+        self._num_steps += int(outputs[0].max(initial=1))
+        self._device_time_s += arrived - launched
+        self._host_time_s += time.perf_counter() - arrived + launched - started
+        return finished
+
+    def status(self) -> InstanceStatus:
+        """Telemetry since `start_iteration`."""
+        busy_s = self._device_time_s + self._host_time_s
+        return self._planner.status(
+            step_time_s=busy_s / max(1, self._num_steps),
+            num_steps=self._num_steps,
+            num_dispatches=self._num_dispatches,
+            host_time_s=self._host_time_s,
+            device_time_s=self._device_time_s,
+            policy_version=self.policy_version,
+        )
+
+    def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None = None) -> None:
+        """Begin an iteration with fresh counters and, unless None, new weights.
+
+        Raises:
+            ProtocolError: If chunks are still running: the rollout is strictly synchronous.
+        """
+        if self.has_work:
+            raise ProtocolError("weights update while chunks run")
+        if params is not None:
+            self.params = self._place(params)
+        self.policy_version = policy_version
+        self._planner.reset_counters()
+        self._num_steps = self._num_dispatches = 0
+        self._host_time_s = self._device_time_s = 0.0
+
+    def warmup(self, num_peers: int = 1) -> int:
+        """Compile every program before the clock starts; returns how many there are.
+
+        Args:
+            num_peers: Instances that warm up at the same time, this one included.
+        """
+        shapes = self._buckets.all_shapes()
+        # Instances that share a compilation cache start at different programs and find the others' results.
+        first = self.info.instance_id * len(shapes) // max(1, num_peers)
+        for shape in shapes[first:] + shapes[:first]:
+            self._launch(shape, pack([], [], shape, 0))
+        return len(shapes)
+
+    def _launch(self, shape: StepShape, packed: np.ndarray) -> np.ndarray:
+        if shape not in self._programs:
+            self._programs[shape] = make_step(self.model_config, shape, max_steps=self.config.max_steps_per_dispatch)
+        self._caches, outputs = self._programs[shape](self.params, self._caches, packed)
+        return np.asarray(outputs)
+
+    def _place(self, params: Mapping[str, Any]) -> Any:
+        return jax.device_put(params, self._shardings)
+
+    def _import_kv(self, sequence: Sequence) -> None:
+        """Bring in the KV of a resumed chunk; a miss costs a re-prefill, never a wrong token."""
+        chunk = sequence.chunk
+        if chunk.kv is None:
+            sequence.num_lost = len(chunk.token_ids) - 1 if chunk.chunk_index else 0
+            return
+        try:
+            kv = self._kv_store.get(chunk.kv)
+            if kv.policy_version != self.policy_version:
+                raise TransferError(f"KV of policy version {kv.policy_version}")
+            pages = sequence.pages[: self._planner.pool.pages_for(kv.num_tokens)]
+            self._caches = self._transfer.import_pages(self._caches, pages, kv.pages)
+        except TransferError:
+            sequence.num_lost = chunk.kv.num_tokens
+        else:
+            sequence.num_computed = kv.num_tokens
+
+    def _finish(self, sequence: Sequence) -> ChunkFinished:
+        chunk, reason = sequence.chunk, sequence.finish_reason
+        handle = None
+        if reason == "chunk":
+            pages = sequence.pages[: self._planner.pool.pages_for(sequence.num_computed)]
+            kv = HostKV(
+                pages=self._transfer.export_pages(self._caches, pages),
+                num_tokens=sequence.num_computed,
+                policy_version=self.policy_version,
+            )
+            handle = KVHandle(
+                num_tokens=kv.num_tokens, policy_version=self.policy_version, ref=self._kv_store.put(kv)
+            )
+        self._planner.release(sequence)
+        return ChunkFinished(
+            instance_id=self.info.instance_id,
+            request_id=chunk.request_id,
+            chunk_index=chunk.chunk_index,
+            token_ids=sequence.token_ids[len(chunk.token_ids) : sequence.num_tokens],
+            logprobs=sequence.logprobs[: sequence.num_new],
+            finish_reason=reason,
+            policy_version=self.policy_version,
+            kv=handle,
+        )
+
+
+def enable_compilation_cache(directory: str | None) -> None:
+    """Keep compiled programs in `directory` between processes; None keeps them in memory only."""
+    if directory is None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,89 @@
+"""KV of a paused request as host arrays, so that its next chunk continues on any instance without re-prefill."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seer_jax.core.errors import TransferError
+from seer_jax.core.packing import geometric_buckets, pick_bucket
+from seer_jax.core.types import KVHandle
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HostKV:
+    """KV pages of one request on the host.
+
+    Attributes:
+        pages: [num_layers, num_pages, page_size, latent_width]; slots past `num_tokens` hold garbage.
+        num_tokens: Tokens covered, from position 0.
+        policy_version: Weights that produced it.
+    """
+
+    pages: np.ndarray
+    num_tokens: int
+    policy_version: int
+
+
+class KVStore(Protocol):
+    """Where exported KV waits for the next chunk; any instance can read what another wrote."""
+
+    def put(self, kv: HostKV) -> Any:
+        """Keep `kv`; returns the reference that travels in a `KVHandle`."""
+        ...
+
+    def get(self, handle: KVHandle) -> HostKV:
+        """Fetch it. Raises `TransferError` when it is gone; the caller then re-prefills."""
+        ...
+
+
+class InProcessKVStore:
+    """The reference is the block itself: for instances that share a process."""
+
+    def put(self, kv: HostKV) -> HostKV:
+        """Keep `kv` alive through its handle."""
+        return kv
+
+    def get(self, handle: KVHandle) -> HostKV:
+        """Return the block."""
+        if handle.ref is None:
+            raise TransferError("the KV handle came without a block")
+        return handle.ref
+
+
+class KVTransfer:
+    """Copies pages between device caches and host, at a few bucketed sizes."""
+
+    def __init__(self, max_pages: int) -> None:
+        self._buckets = geometric_buckets(4, max_pages, 2)
+        self._gather = jax.jit(lambda caches, pages: jnp.stack([cache[pages] for cache in caches]))
+        self._scatter = jax.jit(_scatter, donate_argnums=0)
+
+    def export_pages(self, caches: list[jax.Array], pages: list[int]) -> np.ndarray:
+        """Copy `pages` of all layers to one host array [num_layers, num_pages, page_size, latent_width]."""
+        return np.asarray(self._gather(caches, self._pad(pages)))[:, : len(pages)]
+
+    def import_pages(self, caches: list[jax.Array], pages: list[int], data: np.ndarray) -> list[jax.Array]:
+        """Write host pages into the (donated) caches; padding goes to the garbage page.
+
+        Raises:
+            TransferError: If the block has another layout than the caches.
+        """
+        expected = (len(caches), len(pages), *caches[0].shape[1:])
+        if data.shape != expected or data.dtype != caches[0].dtype:
+            raise TransferError(f"KV block is {data.dtype}{list(data.shape)}, caches take {caches[0].dtype}{list(expected)}")
+        padded_pages = self._pad(pages)
+        padded = np.zeros((len(caches), len(padded_pages), *caches[0].shape[1:]), data.dtype)
+        padded[:, : len(pages)] = data
+        return self._scatter(caches, padded_pages, padded)
+
+    def _pad(self, pages: list[int]) -> np.ndarray:
+        padded = np.zeros(pick_bucket(len(pages), self._buckets), np.int32)
+        padded[: len(pages)] = pages
+        return padded
+
+
+def _scatter(caches: list[jax.Array], pages: jax.Array, data: jax.Array) -> list[jax.Array]:
+    return [cache.at[pages].set(layer) for cache, layer in zip(caches, data, strict=True)]

@@ -1,0 +1,154 @@
+"""Runs one iteration's rollout: feeds events to the driver and its commands to the cluster."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from seer_jax.core.commands import Command, EmitSample, IterationDone, StartChunk
+from seer_jax.core.driver import RolloutDriver
+from seer_jax.core.events import Event, GroupsSubmitted, InstanceJoined, InstanceReport
+from seer_jax.core.types import InstanceStatus, RequestChunk, RolloutGroup, Sample, output_sha256
+from seer_jax.engine.cluster import Cluster
+
+TAIL_SHARE = 0.1
+"""The last tenth of the requests to finish are the tail (Seer, section 2.2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutStats:
+    """Figures of one rollout; times in seconds from the submission of the groups.
+
+    Attributes:
+        tail_time_s: From the end of the 90th percentile request to the end of the rollout.
+        max_kv_utilization: Highest share of pages in use at any instance.
+    """
+
+    num_requests: int
+    generated_tokens: int
+    rollout_time_s: float
+    tokens_per_s: float
+    tail_time_s: float
+    num_preemptions: int
+    num_chunks: int
+    prefilled_tokens: int
+    reprefilled_tokens: int
+    max_kv_utilization: float
+    host_time_share: float
+    output_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutResult:
+    """All samples of an iteration, ordered by request, and the figures."""
+
+    samples: list[Sample]
+    stats: RolloutStats
+
+
+class RolloutRunner:
+    """Owns the driver of a cluster over all iterations."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        driver: RolloutDriver,
+        *,
+        policy_version: int = 0,
+        on_event: Callable[[float, Event, Sequence[Command]], None] | None = None,
+    ) -> None:
+        """Join the instances to the driver.
+
+        Args:
+            cluster: Ready instances.
+            driver: A fresh driver.
+            policy_version: Version of the weights that the instances hold.
+            on_event: Called with (seconds, event, commands) for every event: event log, progress display.
+        """
+        self._cluster, self._driver, self._on_event = cluster, driver, on_event
+        self._started = time.perf_counter()
+        self.policy_version = policy_version
+        for info in cluster.infos:
+            self._handle(InstanceJoined(info=info, policy_version=policy_version))
+
+    def run(
+        self, groups: Sequence[RolloutGroup], *, policy_version: int, params: Mapping[str, Any] | None = None
+    ) -> RolloutResult:
+        """Roll out all groups with one policy.
+
+        Args:
+            groups: The prompts of the iteration.
+            policy_version: Version of the weights to use.
+            params: Those weights, if the instances do not hold them yet.
+
+        Raises:
+            CapacityError: If a request can never fit in any instance.
+        """
+        self._cluster.start_iteration(policy_version, params)
+        self.policy_version = policy_version
+        self._started = started = time.perf_counter()
+        statuses: dict[int, InstanceStatus] = {}
+        samples: list[Sample] = []
+        finish_times: list[float] = []
+        commands = self._handle(GroupsSubmitted(groups=tuple(groups), policy_version=policy_version))
+        while True:
+            starts: dict[int, list[RequestChunk]] = defaultdict(list)
+            for command in commands:
+                match command:
+                    case StartChunk():
+                        starts[command.instance_id].append(command.chunk)
+                    case EmitSample():
+                        samples.append(command.sample)
+                        finish_times.append(time.perf_counter() - started)
+            if any(isinstance(command, IterationDone) for command in commands):
+                break
+            if starts:
+                self._cluster.send(starts)
+            commands = []
+            for event in self._cluster.wait():
+                if isinstance(event, InstanceReport):
+                    statuses[event.status.instance_id] = event.status
+                commands += self._handle(event)
+        samples.sort(key=lambda sample: sample.request_id)
+        stats = summarize(samples, finish_times, statuses.values(), time.perf_counter() - started)
+        return RolloutResult(samples=samples, stats=stats)
+
+    def close(self) -> None:
+        """Stop the instances."""
+        self._cluster.close()
+
+    def _handle(self, event: Event) -> list[Command]:
+        commands = self._driver.handle(event)
+        if self._on_event is not None:
+            self._on_event(time.perf_counter() - self._started, event, commands)
+        return commands
+
+
+def summarize(
+    samples: Sequence[Sample],
+    finish_times: Sequence[float],
+    statuses: "Sequence[InstanceStatus] | Any",
+    rollout_time_s: float,
+) -> RolloutStats:
+    """Figures of a finished rollout."""
+    statuses = list(statuses)
+    generated = sum(len(sample.token_ids) for sample in samples)
+    busy_s = sum(s.host_time_s + s.device_time_s for s in statuses)
+    first_tail = max(0, int(np.ceil(len(finish_times) * (1 - TAIL_SHARE))) - 1)
+    return RolloutStats(
+        num_requests=len(samples),
+        generated_tokens=generated,
+        rollout_time_s=rollout_time_s,
+        tokens_per_s=generated / rollout_time_s,
+        tail_time_s=rollout_time_s - sorted(finish_times)[first_tail],
+        num_preemptions=sum(s.num_preemptions for s in statuses),
+        num_chunks=sum(sample.num_chunks for sample in samples),
+        prefilled_tokens=sum(s.num_prefilled_tokens for s in statuses),
+        reprefilled_tokens=sum(s.num_reprefilled_tokens for s in statuses),
+        max_kv_utilization=max((s.max_kv_utilization for s in statuses), default=0.0),
+        host_time_share=sum(s.host_time_s for s in statuses) / busy_s if busy_s else 0.0,
+        output_sha256=output_sha256(list(samples)),
+    )
