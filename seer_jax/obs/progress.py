@@ -51,9 +51,10 @@ class ProgressDisplay:
         if isinstance(event, GroupsSubmitted):
             self.num_requests = sum(group.group_size for group in event.groups)
             self.num_finished = 0
-            self._statuses.clear()
+            self._statuses = {}
         elif isinstance(event, InstanceReport):
-            self._statuses[event.status.instance_id] = event.status
+            # Replaced, never changed: the display's own thread may be reading it.
+            self._statuses = self._statuses | {event.status.instance_id: event.status}
         self.num_finished += sum(isinstance(command, EmitSample) for command in commands)
 
     def render(self) -> Group:
