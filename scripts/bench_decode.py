@@ -2,8 +2,8 @@
 
     python scripts/bench_decode.py --json
 
-Both run in this process in alternation, so that the ratio survives a noisy machine. The plain loop is what a careful user
-would write by hand: dense cache, one jitted program for prefill and all steps, no pages, no per-request randomness.
+Both run in this process in alternation, so that the ratio survives a noisy machine. The plain loop is what a careful
+user would write by hand: dense cache, one jitted program for prefill and all steps, no pages, no per-request keys.
 """
 
 import argparse

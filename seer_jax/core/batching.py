@@ -154,7 +154,7 @@ class BatchPlanner:
         while self.waiting and len(self.running) < self.info.max_num_seqs:
             sequence = self.waiting[0]
             needed = sequence.chunk.num_reserved_pages or self.pool.pages_for(sequence.num_tokens)
-            # Growing sequences leave one page in a hundred free, or they would preempt each other at once (as vLLM does).
+            # Growing sequences leave a hundredth of the pages free, as in vLLM, or they preempt each other at once.
             spare = 0 if sequence.chunk.num_reserved_pages or not self.running else 1 + self.pool.num_total_pages // 100
             if needed + spare > self.pool.num_free_pages:
                 break

@@ -1,7 +1,8 @@
 """A step plan as one int32 array of bucketed shape: one transfer to the device, one compiled program per bucket.
 
-Layout of the packed array: `[num_steps] + entries[num_entries, NUM_FIELDS + num_pages] + token_ids`. An entry is a run of
-query tokens of one request that attend together: a decode row (1 token) or a prefill tile (`tile` tokens). Rows come first.
+Layout of the packed array: `[num_steps] + entries[num_entries, NUM_FIELDS + num_pages] + token_ids`. An entry is a run
+of query tokens of one request that attend together: a decode row (1 token) or a prefill tile (`tile` tokens). Rows come
+first.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 from seer_jax.config.schema import EngineConfig
 from seer_jax.core.batching import Sequence, StepPlan
 from seer_jax.core.kv.page_pool import pages_for_tokens
-from seer_jax.core.types import MAX_STOP_TOKENS
+from seer_jax.core.types import MAX_STOP_TOKENS, SamplingParams
 
 FIRST_POSITION, COUNT, SAMPLE, REMAINING, KEY_LOW, KEY_HIGH, TOP_K, TEMPERATURE, TOP_P, STOP_IDS = range(10)
 NUM_FIELDS = STOP_IDS + MAX_STOP_TOKENS
@@ -30,12 +31,14 @@ class StepShape:
         num_tiles: Prefill tiles; 0 in a decode program.
         tile: Query tokens per prefill tile.
         num_pages: Block-table width: context bucket / page size.
+        truncates: Whether any request asks for top-k or top-p; sorting the vocabulary costs run and compile time.
     """
 
     num_rows: int
     num_tiles: int
     tile: int
     num_pages: int
+    truncates: bool = False
 
     @property
     def num_entries(self) -> int:
@@ -126,13 +129,14 @@ class StepBuckets:
     """The step shapes that an engine compiles, and the choice among them.
 
     Decode programs come in a few numbers of rows and context lengths; mixed programs always have all rows and come in a
-    few numbers of tiles and fewer context lengths. In the deterministic mode there is one shape for everything.
+    few numbers of tiles and fewer context lengths. In the deterministic mode there is one shape for everything, so that
+    every token of every request is computed by the same program.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.max_pages = pages_for_tokens(config.max_model_len, config.page_size)
         num_slots = config.max_num_seqs
-        self.page_size = config.page_size
+        self.page_size, self._is_deterministic = config.page_size, config.deterministic
         if config.deterministic:
             self.tile = 1
             self.max_prefill_tokens = min(config.max_prefill_tokens, num_slots)
@@ -150,24 +154,32 @@ class StepBuckets:
         self._decode_pages = geometric_buckets(smallest, self.max_pages, 2)
         self._mixed_pages = geometric_buckets(smallest, self.max_pages, 4)
 
-    def all_shapes(self) -> list[StepShape]:
-        """Every shape that `pick` can return."""
-        decode = [self._shape(rows, 0, pages) for rows in self._rows for pages in self._decode_pages]
-        return decode + [self._shape(self._rows[-1], tiles, p) for tiles in self._tiles for p in self._mixed_pages]
+    def all_shapes(self, truncates: bool) -> list[StepShape]:
+        """Every shape that `pick` can return for requests that all truncate, or all do not."""
+        decode = [self._shape(rows, 0, pages, truncates) for rows in self._rows for pages in self._decode_pages]
+        mixed = [self._shape(self._rows[-1], tiles, p, truncates) for tiles in self._tiles for p in self._mixed_pages]
+        return decode + mixed
 
     def pick(self, rows: list[Entry], tiles: list[Entry], num_steps: int) -> StepShape:
         """The smallest shape that holds these entries and the context that `num_steps` steps reach."""
         steps = 1 if tiles else num_steps
         context = max(min(entry.start + entry.count + steps, entry.sequence.limit) for entry in rows + tiles)
         num_pages = pages_for_tokens(context, self.page_size)
+        truncates = any(_truncates(entry.sequence.chunk.sampling) for entry in rows + tiles)
         if tiles:
-            return self._shape(
-                self._rows[-1], pick_bucket(len(tiles), self._tiles), pick_bucket(num_pages, self._mixed_pages)
-            )
-        return self._shape(pick_bucket(len(rows), self._rows), 0, pick_bucket(num_pages, self._decode_pages))
+            num_tiles, num_pages = pick_bucket(len(tiles), self._tiles), pick_bucket(num_pages, self._mixed_pages)
+            return self._shape(self._rows[-1], num_tiles, num_pages, truncates)
+        num_rows, num_pages = pick_bucket(len(rows), self._rows), pick_bucket(num_pages, self._decode_pages)
+        return self._shape(num_rows, 0, num_pages, truncates)
 
-    def _shape(self, num_rows: int, num_tiles: int, num_pages: int) -> StepShape:
-        return StepShape(num_rows=num_rows, num_tiles=num_tiles, tile=self.tile, num_pages=num_pages)
+    def _shape(self, num_rows: int, num_tiles: int, num_pages: int, truncates: bool) -> StepShape:
+        return StepShape(
+            num_rows=num_rows,
+            num_tiles=num_tiles,
+            tile=self.tile,
+            num_pages=num_pages,
+            truncates=truncates or self._is_deterministic,
+        )
 
 
 def pick_bucket(value: int, buckets: tuple[int, ...]) -> int:
@@ -185,6 +197,10 @@ def geometric_buckets(smallest: int, largest: int, factor: int) -> tuple[int, ..
         buckets.append(smallest)
         smallest *= factor
     return (*buckets, largest)
+
+
+def _truncates(sampling: SamplingParams) -> bool:
+    return sampling.top_k > 0 or sampling.top_p < 1
 
 
 def _as_int32(word: int) -> int:

@@ -14,7 +14,7 @@ class Cluster(Protocol):
     infos: Sequence[InstanceInfo]
 
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
-        """Reset counters and give every instance these weights (None: it keeps what it has); returns when all have them."""
+        """Reset counters and give every instance these weights, unless None; returns when all have them."""
         ...
 
     def send(self, chunks: Mapping[int, Sequence[RequestChunk]]) -> None:

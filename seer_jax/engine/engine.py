@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from seer_jax.config.schema import EngineConfig
 from seer_jax.core.batching import BatchPlanner, Sequence
@@ -18,6 +18,8 @@ from seer_jax.core.types import InstanceInfo, InstanceStatus, KVHandle, RequestC
 from seer_jax.engine.kv_transfer import HostKV, InProcessKVStore, KVStore, KVTransfer
 from seer_jax.engine.step import StepFn, make_step, unpack_outputs
 from seer_jax.models.config import DecoderConfig
+from seer_jax.models.specs import decoder_specs
+from seer_jax.sharding import shardings_for
 
 
 class Engine:
@@ -35,18 +37,21 @@ class Engine:
         instance_id: int = 0,
         policy_version: int = 0,
         kv_store: KVStore | None = None,
-        shardings: Any = None,
+        mesh: Mesh | None = None,
     ) -> None:
         """Place the weights and allocate the caches.
 
         Args:
             model_config: Shapes of the model.
-            params: Weights, on host or device; cast to nothing, so their type is the compute and cache type.
+            params: Weights, on host or device, in the type that computes and is cached.
             config: Slots, pages, buckets.
             instance_id: Name of this instance in events.
             policy_version: Version of `params`.
             kv_store: Where KV of paused chunks goes; in-process by default.
-            shardings: Pytree of shardings like `params`; None = the default device.
+            mesh: Devices of this instance; None = the default device.
+
+        Raises:
+            ConfigError: If the model does not divide over the mesh.
         """
         self.model_config, self.config = model_config, config
         self.info = InstanceInfo(
@@ -65,13 +70,20 @@ class Engine:
         )
         self._kv_store = kv_store or InProcessKVStore()
         self._transfer = KVTransfer(self._buckets.max_pages)
-        self._shardings = shardings
+        dtype = params["embed"].dtype
+        if mesh is None or mesh.size == 1:
+            device = None if mesh is None else mesh.devices.item()
+            self._param_shardings, cache_sharding = device, device
+        else:
+            self._param_shardings = shardings_for(decoder_specs(model_config, dtype), mesh)
+            cache_sharding = NamedSharding(mesh, PartitionSpec())
         self._programs: dict[StepShape, StepFn] = {}
         self.policy_version = policy_version
         self.params = self._place(params)
-        dtype = params["embed"].dtype
         cache_shape = (config.num_pages, config.page_size, model_config.latent_width)
-        self._caches = [jnp.zeros(cache_shape, dtype) for _ in range(model_config.num_hidden_layers)]
+        self._caches = [
+            jnp.zeros(cache_shape, dtype, device=cache_sharding) for _ in range(model_config.num_hidden_layers)
+        ]
         self._num_steps = self._num_dispatches = 0
         self._host_time_s = self._device_time_s = 0.0
 
@@ -83,7 +95,8 @@ class Engine:
         """
         if chunk.policy_version != self.policy_version:
             raise ProtocolError(
-                f"chunk of {chunk.request_id} wants policy version {chunk.policy_version}, instance has {self.policy_version}"
+                f"chunk of {chunk.request_id} wants policy version {chunk.policy_version}, "
+                f"the instance has {self.policy_version}"
             )
         self._planner.add(chunk)
 
@@ -142,13 +155,14 @@ class Engine:
         self._num_steps = self._num_dispatches = 0
         self._host_time_s = self._device_time_s = 0.0
 
-    def warmup(self, num_peers: int = 1) -> int:
+    def warmup(self, *, num_peers: int = 1, truncates: bool = False) -> int:
         """Compile every program before the clock starts; returns how many there are.
 
         Args:
             num_peers: Instances that warm up at the same time, this one included.
+            truncates: Whether requests will use top-k or top-p; programs for the other kind compile when first needed.
         """
-        shapes = self._buckets.all_shapes()
+        shapes = self._buckets.all_shapes(truncates)
         # Instances that share a compilation cache start at different programs and find the others' results.
         first = self.info.instance_id * len(shapes) // max(1, num_peers)
         for shape in shapes[first:] + shapes[:first]:
@@ -162,7 +176,7 @@ class Engine:
         return np.asarray(outputs)
 
     def _place(self, params: Mapping[str, Any]) -> Any:
-        return jax.device_put(params, self._shardings)
+        return jax.device_put(params, self._param_shardings)
 
     def _import_kv(self, sequence: Sequence) -> None:
         """Bring in the KV of a resumed chunk; a miss costs a re-prefill, never a wrong token."""
@@ -191,9 +205,7 @@ class Engine:
                 num_tokens=sequence.num_computed,
                 policy_version=self.policy_version,
             )
-            handle = KVHandle(
-                num_tokens=kv.num_tokens, policy_version=self.policy_version, ref=self._kv_store.put(kv)
-            )
+            handle = KVHandle(num_tokens=kv.num_tokens, policy_version=self.policy_version, ref=self._kv_store.put(kv))
         self._planner.release(sequence)
         return ChunkFinished(
             instance_id=self.info.instance_id,
@@ -205,12 +217,3 @@ class Engine:
             policy_version=self.policy_version,
             kv=handle,
         )
-
-
-def enable_compilation_cache(directory: str | None) -> None:
-    """Keep compiled programs in `directory` between processes; None keeps them in memory only."""
-    if directory is None:
-        return
-    jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -73,7 +73,9 @@ class KVTransfer:
         """
         expected = (len(caches), len(pages), *caches[0].shape[1:])
         if data.shape != expected or data.dtype != caches[0].dtype:
-            raise TransferError(f"KV block is {data.dtype}{list(data.shape)}, caches take {caches[0].dtype}{list(expected)}")
+            raise TransferError(
+                f"KV block is {data.dtype}{list(data.shape)}, caches take {caches[0].dtype}{list(expected)}"
+            )
         padded_pages = self._pad(pages)
         padded = np.zeros((len(caches), len(padded_pages), *caches[0].shape[1:]), data.dtype)
         padded[:, : len(pages)] = data

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from seer_jax.core.commands import Command, EmitSample, IterationDone, StartChunk
 from seer_jax.core.driver import RolloutDriver
+from seer_jax.core.errors import ProtocolError
 from seer_jax.core.events import Event, GroupsSubmitted, InstanceJoined, InstanceReport
 from seer_jax.core.types import InstanceStatus, RequestChunk, RolloutGroup, Sample, output_sha256
 from seer_jax.engine.cluster import Cluster
@@ -43,10 +44,15 @@ class RolloutStats:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutResult:
-    """All samples of an iteration, ordered by request, and the figures."""
+    """All samples of an iteration, ordered by request, and the figures.
+
+    Attributes:
+        weights_update_s: Time to give the instances the weights; 0 if they had them.
+    """
 
     samples: list[Sample]
     stats: RolloutStats
+    weights_update_s: float
 
 
 class RolloutRunner:
@@ -75,18 +81,25 @@ class RolloutRunner:
             self._handle(InstanceJoined(info=info, policy_version=policy_version))
 
     def run(
-        self, groups: Sequence[RolloutGroup], *, policy_version: int, params: Mapping[str, Any] | None = None
+        self, groups: Sequence[RolloutGroup], *, policy_version: int = 0, get_params: Callable[[], Any] | None = None
     ) -> RolloutResult:
         """Roll out all groups with one policy.
 
         Args:
             groups: The prompts of the iteration.
             policy_version: Version of the weights to use.
-            params: Those weights, if the instances do not hold them yet.
+            get_params: Gives those weights as host arrays; called if the instances hold another version.
 
         Raises:
+            ConfigError: If a prompt is empty or too long.
             CapacityError: If a request can never fit in any instance.
         """
+        updating = time.perf_counter()
+        params = None
+        if policy_version != self.policy_version:
+            if get_params is None:
+                raise ProtocolError(f"instances hold policy version {self.policy_version}, {policy_version} is wanted")
+            params = get_params()
         self._cluster.start_iteration(policy_version, params)
         self.policy_version = policy_version
         self._started = started = time.perf_counter()
@@ -114,7 +127,8 @@ class RolloutRunner:
                 commands += self._handle(event)
         samples.sort(key=lambda sample: sample.request_id)
         stats = summarize(samples, finish_times, statuses.values(), time.perf_counter() - started)
-        return RolloutResult(samples=samples, stats=stats)
+        weights_update_s = started - updating if params is not None else 0.0
+        return RolloutResult(samples=samples, stats=stats, weights_update_s=weights_update_s)
 
     def close(self) -> None:
         """Stop the instances."""
@@ -130,7 +144,7 @@ class RolloutRunner:
 def summarize(
     samples: Sequence[Sample],
     finish_times: Sequence[float],
-    statuses: "Sequence[InstanceStatus] | Any",
+    statuses: Iterable[InstanceStatus],
     rollout_time_s: float,
 ) -> RolloutStats:
     """Figures of a finished rollout."""

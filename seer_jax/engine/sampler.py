@@ -1,7 +1,7 @@
 """Position-keyed sampling: one token, one key.
 
-The token of a request at absolute position p is `argmax(logits / T + gumbel(fold_in(request_key, p)))`. It depends on the
-logits, the request's key and the position alone, so chunking, placement, batch mates and preemption cannot change it.
+The token of a request at absolute position p is `argmax(logits / T + gumbel(fold_in(request_key, p)))`. It depends on
+the logits, the request's key and the position alone: chunking, placement, batch mates and preemption cannot change it.
 """
 
 import jax
@@ -16,6 +16,8 @@ def sample(
     temperature: Float32[Array, "E"],
     top_k: Int32[Array, "E"],
     top_p: Float32[Array, "E"],
+    *,
+    truncates: bool,
 ) -> tuple[Int32[Array, "E"], Float32[Array, "E"]]:
     """Draw one token per row.
 
@@ -26,15 +28,16 @@ def sample(
         temperature: 0 takes the likeliest token (lowest id on ties).
         top_k: Likeliest tokens kept; 0 keeps all.
         top_p: Nucleus mass kept.
+        truncates: Whether top-k and top-p are looked at.
 
     Returns:
-        Token ids, and their log-probabilities under the distribution drawn from (temperature and truncation applied; for
-        temperature 0 the unscaled distribution).
+        Token ids, and their log-probabilities under the distribution drawn from (temperature and truncation applied;
+        for temperature 0 the unscaled distribution).
     """
     is_greedy = temperature <= 0
     scaled = logits / jnp.where(is_greedy, 1.0, temperature)[:, None]
-    truncates = jnp.any((top_k > 0) | (top_p < 1))
-    scaled = jax.lax.cond(truncates, truncate, lambda x, _k, _p: x, scaled, top_k, top_p)
+    if truncates:
+        scaled = truncate(scaled, top_k, top_p)
     noise = jax.vmap(lambda key, p: jax.random.gumbel(_fold_in(key, p), logits.shape[-1:]))(keys, positions)
     tokens = jnp.argmax(scaled + jnp.where(is_greedy[:, None], 0.0, noise), axis=-1).astype(jnp.int32)
     chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]

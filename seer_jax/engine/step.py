@@ -5,6 +5,7 @@ Running out of pages is a host decision before launch; the device only does arit
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,9 @@ from seer_jax.models.specs import Params
 Caches = list[Array]
 """One array [num_pages, page_size, latent_width] per layer; separate, so that each is updated in place."""
 StepFn = Callable[[Params, Caches, Array], tuple[Caches, Array]]
+
+CPU_COMPILER_OPTIONS = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
+"""A quarter less compile time and no slower: matmuls are library calls, what LLVM compiles is small."""
 
 
 class Entries(NamedTuple):
@@ -57,8 +61,8 @@ class LoopState(NamedTuple):
 def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int, implementation: str | None = None) -> StepFn:
     """Build the jitted program of one bucket.
 
-    A program without prefill tiles runs up to `packed[0] <= max_steps` decode steps in a `while_loop` and leaves it as soon
-    as a request finishes, so that its slot is refilled at once. A program with tiles runs one mixed step.
+    A program without prefill tiles runs up to `packed[0] <= max_steps` decode steps in a `while_loop` and leaves it as
+    soon as a request finishes, so that its slot is refilled at once. A program with tiles runs one mixed step.
 
     Args:
         config: Shapes of the model.
@@ -68,22 +72,28 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int, implem
 
     Returns:
         `step(params, caches, packed) -> (caches, outputs)`. Caches are donated. `outputs` is int32
-        [1 + 2 * steps, num_entries]: how many tokens each entry emitted, then token ids and bits of log-probabilities of
-        step 0, of step 1, ...
+        [1 + 2 * steps, num_entries]: how many tokens each entry emitted, then token ids and bits of log-probabilities
+        of step 0, of step 1, ...
     """
+
+    run_model = partial(_run_model, config=config, shape=shape, implementation=implementation)
 
     def step(params: Params, caches: Caches, packed: Array) -> tuple[Caches, Array]:
         entries, token_ids = _unpack(packed, shape)
 
         def advance(state: LoopState) -> LoopState:
             count = jnp.where(state.is_active, entries.count, 0)
-            hidden, caches = _run_model(
-                params, config, state.caches, state.tokens, state.position, count, entries.block_tables, shape, implementation
-            )
+            hidden, caches = run_model(params, state.caches, state.tokens, state.position, count, entries.block_tables)
             logits = decoder.project_logits(params, config, hidden)
             position = state.position + count
             drawn, logprobs = sample(
-                logits, entries.keys, position, entries.temperature, entries.top_k, entries.top_p
+                logits,
+                entries.keys,
+                position,
+                entries.temperature,
+                entries.top_k,
+                entries.top_p,
+                truncates=shape.truncates,
             )
             # Prefill rows of the deterministic mode compute KV in the first step only; they must not sample.
             samples = state.is_active & (entries.sample > 0)
@@ -120,7 +130,8 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int, implem
             )
         return state.caches, jnp.concatenate([state.num_emitted[None], state.outputs.reshape(-1, shape.num_entries)])
 
-    return jax.jit(step, donate_argnums=1)
+    options = CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None
+    return jax.jit(step, donate_argnums=1, compiler_options=options)
 
 
 def unpack_outputs(outputs: np.ndarray, entry: int) -> tuple[np.ndarray, np.ndarray]:
@@ -152,21 +163,20 @@ def _unpack(packed: Int32[Array, "_"], shape: StepShape) -> tuple[Entries, Int32
 
 def _run_model(
     params: Params,
-    config: DecoderConfig,
     caches: Caches,
     token_ids: Int32[Array, "T"],
     first_position: Int32[Array, "E"],
     count: Int32[Array, "E"],
     block_tables: Int32[Array, "E P"],
+    *,
+    config: DecoderConfig,
     shape: StepShape,
     implementation: str | None,
 ) -> tuple[Float[Array, "E M"], Caches]:
     """One forward over the packed tokens; returns the hidden state of every entry's last token, and the caches."""
     num_rows, tile = shape.num_rows, shape.tile
     offset = jnp.arange(tile)
-    positions = jnp.concatenate(
-        [first_position[:num_rows], (first_position[num_rows:, None] + offset).reshape(-1)]
-    )
+    positions = jnp.concatenate([first_position[:num_rows], (first_position[num_rows:, None] + offset).reshape(-1)])
     is_real = jnp.concatenate([count[:num_rows] > 0, (offset < count[num_rows:, None]).reshape(-1)])
     token_tables = jnp.concatenate([block_tables[:num_rows], jnp.repeat(block_tables[num_rows:], tile, axis=0)])
     page_size = caches[0].shape[1]

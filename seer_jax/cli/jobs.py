@@ -1,0 +1,144 @@
+"""What the verbs run: loads the model, starts the instances, runs the job, stops the instances."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from seer_jax.cli.options import RolloutOptions, TrainOptions
+from seer_jax.config.presets import resolve_preset_path
+from seer_jax.config.schema import RunConfig
+from seer_jax.core.driver import RolloutDriver
+from seer_jax.core.eventlog import encode_event
+from seer_jax.core.scheduling import make_policy
+from seer_jax.engine.cluster import Cluster
+from seer_jax.engine.factory import build_local_cluster, enable_compilation_cache
+from seer_jax.engine.rollout import RolloutRunner
+from seer_jax.models.config import DecoderConfig
+from seer_jax.models.specs import Params
+from seer_jax.obs.metrics import MetricsWriter
+from seer_jax.obs.progress import ProgressDisplay
+from seer_jax.obs.run_dir import METRICS_FILE, create_run_dir
+from seer_jax.obs.tables import print_summary
+from seer_jax.train.learner import Learner
+from seer_jax.train.loop import TrainingRun, make_groups, make_sampling
+from seer_jax.train.tasks import make_task
+from seer_jax.weights.checkpoint import load_checkpoint, save_checkpoint
+
+EVENTS_FILE = "events.jsonl"
+MODEL_DIRECTORY = "model"
+
+TABLE_FIELDS = (
+    "iteration", "reward_mean", "groups_with_signal", "num_reward_failures", "length_mean", "length_max",
+    "length_group_correlation", "rollout_time_s", "tail_time_s", "tokens_per_s", "num_chunks", "max_kv_utilization",
+    "learner_time_s", "logprob_gap_mean", "grad_norm", "clip_fraction", "weights_update_s", "iteration_time_s",
+)  # fmt: skip
+"""Fields of an iteration's record that its table shows."""
+
+
+def train(config: RunConfig, options: TrainOptions) -> dict[str, Any]:
+    """Train by GRPO; leaves metrics, checkpoints and the final model in `options.run_dir`.
+
+    Returns:
+        See `TrainingRun.run`.
+
+    Raises:
+        SeerError: Bad input, before anything heavy starts, or a run that failed.
+    """
+    task = make_task(config.data)
+    model_config, params = _load_model(config)
+    create_run_dir(options.run_dir, config, resume=options.resume)
+    enable_compilation_cache(config.engine.compilation_cache_dir)
+    with ExitStack() as stack:
+        metrics = stack.enter_context(MetricsWriter(options.run_dir / METRICS_FILE))
+        display = stack.enter_context(ProgressDisplay(enabled=not options.json))
+        cluster = stack.enter_context(_open_cluster(config, model_config, params))
+        runner = RolloutRunner(
+            cluster, RolloutDriver(make_policy(config.rollout.policy, config.rollout)), on_event=display.on_event
+        )
+
+        def on_record(record: Mapping[str, Any]) -> None:
+            metrics.write(record)
+            _print_record(record, quiet=options.json)
+
+        learner = Learner(config, model_config, params)
+        run = TrainingRun(
+            config,
+            runner=runner,
+            learner=learner,
+            task=task,
+            run_dir=options.run_dir,
+            on_record=on_record,
+            stop_token_ids=model_config.eos_token_id,
+        )
+        result = run.run(resume=options.resume)
+        save_checkpoint(options.run_dir / MODEL_DIRECTORY, model_config, learner.params)
+    return result
+
+
+def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
+    """Roll out the task's first prompts once per policy, on the same instances.
+
+    Returns:
+        Figures of each rollout, see `RolloutStats`.
+
+    Raises:
+        SeerError: Bad input, before anything heavy starts, or a run that failed.
+    """
+    task = make_task(config.data)
+    model_config, params = _load_model(config)
+    prompts = dict(enumerate(task.make_prompts(config.seed, "train", config.rollout.num_groups)))
+    groups = make_groups(prompts, config.rollout.group_size, make_sampling(config, model_config.eos_token_id), 0)
+    create_run_dir(options.run_dir, config, resume=False)
+    runs = []
+    with ExitStack() as stack:
+        display = stack.enter_context(ProgressDisplay(enabled=not options.json))
+        cluster = stack.enter_context(_open_cluster(config, model_config, params))
+        for policy in options.policies:
+            with (options.run_dir / f"{policy}-{EVENTS_FILE}").open("w", encoding="utf-8") as log:
+
+                def on_event(elapsed_s: float, event: Any, commands: Any, log: Any = log) -> None:
+                    log.write(json.dumps(encode_event(event)) + "\n")
+                    display.on_event(elapsed_s, event, commands)
+
+                driver = RolloutDriver(make_policy(policy, config.rollout))
+                result = RolloutRunner(cluster, driver, on_event=on_event).run(groups)
+            runs.append({"policy": policy, **asdict(result.stats)})
+    with MetricsWriter(options.run_dir / METRICS_FILE) as metrics:
+        for run in runs:
+            metrics.write({"kind": "rollout", **run})
+    return runs
+
+
+def _load_model(config: RunConfig) -> tuple[DecoderConfig, Params]:
+    model_config, params = load_checkpoint(resolve_preset_path(config.model.path), jnp.dtype(config.model.dtype))
+    return model_config, jax.device_get(params)
+
+
+@contextmanager
+def _open_cluster(config: RunConfig, model_config: DecoderConfig, params: Params) -> Iterator[Cluster]:
+    start: Callable[..., Cluster]
+    if config.rollout.runtime == "ray":
+        from seer_jax.distributed.ray_cluster import RayCluster as start
+    else:
+        start = build_local_cluster
+    cluster = start(config, model_config, params)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def _print_record(record: Mapping[str, Any], *, quiet: bool) -> None:
+    """Show a record: a table for people, one line on stderr beside machine-readable output."""
+    if quiet:
+        print(f"{record['kind']} {record['iteration']}: reward {record['reward_mean']:.3f}", file=sys.stderr)
+        return
+    shown = {name: record[name] for name in TABLE_FIELDS if name in record}
+    print_summary(shown, title=f"{record['kind']} {record['iteration']}", console=Console())

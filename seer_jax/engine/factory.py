@@ -1,0 +1,69 @@
+"""Engines and in-process clusters from a configuration."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from seer_jax.config.schema import RunConfig, num_mesh_devices
+from seer_jax.engine.cluster import LocalCluster
+from seer_jax.engine.engine import Engine
+from seer_jax.engine.kv_transfer import InProcessKVStore, KVStore
+from seer_jax.models.config import DecoderConfig
+from seer_jax.sharding import make_mesh
+
+
+def build_engine(
+    config: RunConfig,
+    model_config: DecoderConfig,
+    params: Mapping[str, Any],
+    *,
+    instance_id: int,
+    kv_store: KVStore,
+    first_device: int = 0,
+) -> Engine:
+    """Build an engine on this process's devices and compile its programs.
+
+    Args:
+        config: The run.
+        model_config: Shapes of the model.
+        params: Weights, on host or device.
+        instance_id: Name in events.
+        kv_store: Where KV of paused chunks goes.
+        first_device: Index of the mesh's first device in this process.
+
+    Raises:
+        ConfigError: If the mesh does not fit the devices or the model.
+    """
+    enable_compilation_cache(config.engine.compilation_cache_dir)
+    engine = Engine(
+        model_config,
+        params,
+        config.engine,
+        instance_id=instance_id,
+        kv_store=kv_store,
+        mesh=make_mesh(config.sharding, jax.devices()[first_device:]),
+    )
+    engine.warmup(num_peers=config.rollout.instances, truncates=config.sampling.top_k > 0 or config.sampling.top_p < 1)
+    return engine
+
+
+def build_local_cluster(config: RunConfig, model_config: DecoderConfig, params: Mapping[str, Any]) -> LocalCluster:
+    """Build all instances in this process; they share devices when there are not enough for all."""
+    kv_store = InProcessKVStore()
+    size, num_devices = num_mesh_devices(config.sharding), len(jax.devices())
+    engines = []
+    for i in range(config.rollout.instances):
+        first = i * size if (i + 1) * size <= num_devices else 0
+        engines.append(build_engine(config, model_config, params, instance_id=i, kv_store=kv_store, first_device=first))
+    return LocalCluster(engines)
+
+
+def enable_compilation_cache(directory: str | None) -> None:
+    """Keep compiled programs in `directory` between processes; None keeps them in memory only."""
+    if directory is None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

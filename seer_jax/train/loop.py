@@ -1,0 +1,205 @@
+"""The main job: rollout, reward, update, weights to the instances; strictly in this order."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from seer_jax.config.schema import RunConfig
+from seer_jax.core.types import RolloutGroup, SamplingParams
+from seer_jax.engine.rollout import RolloutResult, RolloutRunner
+from seer_jax.train.advantages import group_advantages
+from seer_jax.train.checkpoints import (
+    CheckpointInfo,
+    hash_config,
+    open_checkpoints,
+    restore_latest,
+    save_checkpoint,
+)
+from seer_jax.train.learner import Learner
+from seer_jax.train.rewards import RewardFailure, compute_rewards
+from seer_jax.train.tasks import Prompt, Task, length_statistics
+
+MAX_LOGGED_FAILURES = 4
+"""Tracebacks of failed reward functions kept per iteration; their number is always logged."""
+
+
+class TrainingRun:
+    """One GRPO run over a task.
+
+    Args:
+        config: The run.
+        runner: Instances with their driver.
+        learner: Holds the weights.
+        task: Prompts and rewards.
+        run_dir: Where checkpoints go.
+        on_record: Called with every metrics record: `{"kind": "eval" | "iteration", ...}`.
+        stop_token_ids: Tokens that end a response.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        runner: RolloutRunner,
+        learner: Learner,
+        task: Task,
+        run_dir: Path,
+        on_record: Callable[[Mapping[str, Any]], None],
+        stop_token_ids: tuple[int, ...],
+    ) -> None:
+        self._config, self._runner, self._learner, self._task = config, runner, learner, task
+        self._run_dir, self._on_record, self._stop_token_ids = run_dir, on_record, stop_token_ids
+
+    def run(self, *, resume: bool = False) -> dict[str, Any]:
+        """Train from the start, or from the latest checkpoint.
+
+        Returns:
+            `reward_before` and `reward_after` on held-out prompts, `iterations`, `wall_s`, `rollout_tokens`,
+            `logprob_gap_mean`. After a resume all but `reward_after` concern the part that was run now, and
+            `reward_before` is the reward at the point of resumption.
+        """
+        started = time.perf_counter()
+        first = self._restore() if resume else 0
+        reward_before = self._evaluate(first)
+        rollout_tokens, gaps = 0, []
+        train = self._config.train
+        with open_checkpoints(self._run_dir, train.keep_checkpoints) as checkpoints:
+            for iteration in range(first, train.iterations):
+                record = self._iterate(iteration)
+                rollout_tokens += record["generated_tokens"]
+                gaps.append(record["logprob_gap_mean"])
+                done = iteration + 1
+                if done % train.checkpoint_every == 0 or done == train.iterations:
+                    info = CheckpointInfo(
+                        iteration=done, seed=self._config.seed, config_sha256=hash_config(self._config)
+                    )
+                    save_checkpoint(checkpoints, self._learner.state, info)
+        reward_after = self._evaluate(train.iterations) if first < train.iterations else reward_before
+        return {
+            "reward_before": reward_before,
+            "reward_after": reward_after,
+            "iterations": train.iterations - first,
+            "wall_s": time.perf_counter() - started,
+            "rollout_tokens": rollout_tokens,
+            "logprob_gap_mean": float(np.mean(gaps)) if gaps else 0.0,
+        }
+
+    def _iterate(self, iteration: int) -> dict[str, Any]:
+        """Run one iteration and return its record."""
+        config = self._config
+        started = time.perf_counter()
+        first_prompt = iteration * config.rollout.num_groups
+        prompts = self._task.make_prompts(config.seed, "train", config.rollout.num_groups, first_prompt)
+        by_group = dict(enumerate(prompts, start=first_prompt))
+        result = self._rollout(by_group, config.rollout.group_size, iteration)
+        judging = time.perf_counter()
+        rewards, failures = compute_rewards(self._task, by_group, result.samples)
+        group_ids = np.array([sample.request_id.group_id for sample in result.samples])
+        advantages = group_advantages(rewards, group_ids, config.train.loss)
+        judged = time.perf_counter()
+        learned = self._learner.update(result.samples, advantages)
+        lengths = [len(sample.token_ids) for sample in result.samples]
+        by_group_lengths = np.array(lengths).reshape(-1, config.rollout.group_size)
+        record = {
+            "kind": "iteration",
+            "iteration": iteration + 1,
+            "policy_version": self._learner.policy_version,
+            "reward_mean": _mean_reward(rewards),
+            "groups_with_signal": int(np.count_nonzero(np.add.reduceat(np.abs(advantages.values), _starts(group_ids)))),
+            "length_max": max(lengths),
+            "length_mean": float(np.mean(lengths)),
+            "length_group_correlation": length_statistics(
+                by_group_lengths, config.sampling.max_tokens
+            ).group_correlation,
+            **_describe_failures(failures),
+            **asdict(result.stats),
+            **learned,
+            "weights_update_s": result.weights_update_s,
+            "reward_time_s": judged - judging,
+            "iteration_time_s": time.perf_counter() - started,
+        }
+        self._on_record(record)
+        return record
+
+    def _evaluate(self, iteration: int) -> float:
+        """Mean reward on the held-out prompts with the current weights; the same noise every time."""
+        prompts = self._task.make_prompts(self._config.seed, "heldout", self._config.data.heldout_prompts)
+        by_group = {-1 - i: prompt for i, prompt in enumerate(prompts)}  # training's group ids count from 0
+        result = self._rollout(by_group, self._config.train.eval_samples, 0)
+        rewards, failures = compute_rewards(self._task, by_group, result.samples)
+        reward = _mean_reward(rewards)
+        self._on_record(
+            {
+                "kind": "eval",
+                "iteration": iteration,
+                "policy_version": self._learner.policy_version,
+                "reward_mean": reward,
+                **_describe_failures(failures),
+                **asdict(result.stats),
+            }
+        )
+        return reward
+
+    def _rollout(self, prompts: Mapping[int, Prompt], group_size: int, iteration: int) -> RolloutResult:
+        sampling = make_sampling(self._config, self._stop_token_ids)
+        return self._runner.run(
+            make_groups(prompts, group_size, sampling, iteration),
+            policy_version=self._learner.policy_version,
+            get_params=lambda: jax.device_get(self._learner.params),
+        )
+
+    def _restore(self) -> int:
+        restored = restore_latest(self._run_dir, self._learner.state)
+        if restored is None:
+            return 0
+        self._learner.state, info = restored
+        return info.iteration
+
+
+def make_sampling(config: RunConfig, stop_token_ids: tuple[int, ...]) -> SamplingParams:
+    """Sampling parameters of a run."""
+    sampling = config.sampling
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop_token_ids=stop_token_ids,
+        seed=config.seed,
+    )
+
+
+def make_groups(
+    prompts: Mapping[int, Prompt], group_size: int, sampling: SamplingParams, iteration: int
+) -> list[RolloutGroup]:
+    """Rollout groups of prompts that are keyed by group id."""
+    return [
+        RolloutGroup(
+            group_id=group_id,
+            prompt_token_ids=prompt.token_ids,
+            group_size=group_size,
+            sampling=sampling,
+            iteration=iteration,
+        )
+        for group_id, prompt in prompts.items()
+    ]
+
+
+def _mean_reward(rewards: np.ndarray) -> float:
+    known = rewards[~np.isnan(rewards)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _starts(group_ids: np.ndarray) -> np.ndarray:
+    """First index of each run of equal ids."""
+    return np.flatnonzero(np.diff(group_ids, prepend=group_ids[0] - 1))
+
+
+def _describe_failures(failures: Sequence[RewardFailure]) -> dict[str, Any]:
+    described = [f"sample {tuple(failure.request_id)}: {failure.error}" for failure in failures[:MAX_LOGGED_FAILURES]]
+    return {"num_reward_failures": len(failures)} | ({"reward_failures": described} if described else {})
