@@ -77,7 +77,7 @@ def replay(lines: Iterable[str], driver: RolloutDriver) -> Iterator[Command]:
 
 
 def _encode(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, tuple):
         return [_encode(item) for item in value]

@@ -198,6 +198,15 @@ def test_the_latest_report_of_each_live_instance_is_kept():
         driver.handle(InstanceReport(status=replace(status, instance_id=5)))
 
 
+def test_turns_of_the_baseline_do_not_depend_on_the_order_of_joining():
+    driver = RolloutDriver(GroupRoundRobinPolicy())
+    for number in (2, 0, 1):
+        driver.handle(InstanceJoined(info=make_info(number), policy_version=0))
+    groups = tuple(make_group(number, size=1) for number in range(4))
+    commands = driver.handle(GroupsSubmitted(groups=groups, policy_version=0))
+    assert [command.instance_id for command in commands] == [0, 1, 2, 0]
+
+
 def test_lost_groups_of_the_baseline_go_whole_to_the_remaining_instances_in_turn():
     groups = tuple(make_group(number) for number in range(6))
     driver, _ = started(GroupRoundRobinPolicy(), *groups, instances=3)

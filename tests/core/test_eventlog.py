@@ -60,14 +60,9 @@ def test_log_probabilities_survive_bit_for_bit_and_the_kv_handle_loses_only_its_
     assert event.kv.ref is not None
 
 
-def test_numpy_scalars_in_telemetry_can_be_logged():
+def test_telemetry_survives_the_log():
     status = InstanceStatus(
-        instance_id=0,
-        num_running=1,
-        num_waiting=0,
-        num_free_pages=2,
-        num_total_pages=8,
-        step_time_s=float(np.float64(2)),
+        instance_id=0, num_running=1, num_waiting=0, num_free_pages=2, num_total_pages=8, step_time_s=0.25
     )
     event = InstanceReport(status=status)
     assert decode_event(json.loads(json.dumps(encode_event(event)))) == event

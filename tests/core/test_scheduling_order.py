@@ -40,6 +40,9 @@ class Algorithm2:
         self.last_instance: dict[RequestId, int] = {}
         self.longest: dict[int, int] = {}
         self.num_decisions = 0
+        # When each group was last served or got waiting requests again, counted in changes of the waiting set.
+        self.since = {group.group_id: number for number, group in enumerate(scenario.groups)}
+        self.num_changes = len(self.since)
 
     def observe(self, event: Event, commands: Sequence[Command]) -> None:
         match event:
@@ -47,14 +50,15 @@ class Algorithm2:
                 self.infos[event.info.instance_id] = event.info
             case InstanceLost():
                 del self.infos[event.instance_id]
-                for key in [key for key in self.in_flight if key[0] == event.instance_id]:
+                lost = [key for key in self.in_flight if key[0] == event.instance_id]
+                for key in sorted(lost, key=lambda key: self.arrival[key[1]]):
                     chunk = self.in_flight.pop(key)
-                    self.waiting[key[1]] = len(chunk.token_ids) - chunk.num_prompt_tokens
+                    self.wait(key[1], len(chunk.token_ids) - chunk.num_prompt_tokens)
             case ChunkFinished() if event.instance_id in self.infos:
                 chunk = self.in_flight.pop((event.instance_id, event.request_id))
                 if event.finish_reason == "chunk":
                     generated = len(chunk.token_ids) - chunk.num_prompt_tokens + len(event.token_ids)
-                    self.waiting[event.request_id] = generated
+                    self.wait(event.request_id, generated)
         for command in commands:
             if isinstance(command, EmitSample):
                 group_id, length = command.sample.request_id.group_id, len(command.sample.token_ids)
@@ -66,13 +70,28 @@ class Algorithm2:
                 self.last_instance[name] = command.instance_id
                 del self.waiting[name]
                 self.num_decisions += 1
+                self.touch(name.group_id)
         assert self.next_decision() is None, "the driver stopped although the next chunk fits"
+
+    def wait(self, name: RequestId, generated: int) -> None:
+        if all(other.group_id != name.group_id for other in self.waiting):
+            self.touch(name.group_id)
+        self.waiting[name] = generated
+
+    def touch(self, group_id: int) -> None:
+        self.since[group_id] = self.num_changes
+        self.num_changes += 1
 
     def next_decision(self) -> tuple[RequestId, int] | None:
         if not self.waiting:
             return None
         probes = [name for name in self.waiting if name.index == 0]
-        if probes:
+        interval = self.scenario.starvation_interval
+        if interval and (self.num_decisions + 1) % interval == 0:
+            group_id = min({name.group_id for name in self.waiting}, key=self.since.__getitem__)
+            members = [name for name in self.waiting if name.group_id == group_id]
+            name = min(members, key=lambda name: (name.index > 0, -self.waiting[name], name.index))
+        elif probes:
             name = min(probes, key=lambda name: (self.waiting[name], self.arrival[name]))
         else:
             name = min(self.waiting, key=lambda n: (-self.estimate(n), -self.waiting[n], self.arrival[n]))
@@ -103,8 +122,12 @@ class Algorithm2:
 @pytest.mark.parametrize("oracle", [False, True])
 @property_settings(max_examples=60)
 @given(scenario=scenarios())
-def test_probes_go_shortest_first_then_the_longest_estimate_to_the_least_loaded_instance(oracle, scenario):
-    policy = SeerPolicy(chunk_size=scenario.chunk_size, starvation_interval=0, prefetch_chunks=scenario.prefetch_chunks)
+def test_every_decision_equals_a_brute_force_reading_of_algorithm_2(oracle, scenario):
+    policy = SeerPolicy(
+        chunk_size=scenario.chunk_size,
+        starvation_interval=scenario.starvation_interval,
+        prefetch_chunks=scenario.prefetch_chunks,
+    )
     estimator = OracleEstimator(scenario.true_lengths) if oracle else None
     cluster = FakeCluster(
         driver=RolloutDriver(policy, estimator),
@@ -131,7 +154,6 @@ def test_a_waiting_group_is_served_within_interval_times_groups_decisions(scenar
         seed=scenario.seed,
         loss_rate=0.1,
     )
-    buffer_of = cluster.driver
     unserved = {group.group_id: 0 for group in scenario.groups}
 
     def observe(event: Event, commands: Sequence[Command]) -> None:
@@ -140,7 +162,7 @@ def test_a_waiting_group_is_served_within_interval_times_groups_decisions(scenar
                 for group_id in unserved:
                     unserved[group_id] += 1
                 unserved[command.chunk.request_id.group_id] = 0
-        waiting = {name.group_id for name in buffer_of.buffer.waiting}
+        waiting = {name.group_id for name in cluster.driver.buffer.waiting}
         for group_id in unserved.keys() - waiting:
             unserved[group_id] = 0
         assert max(unserved.values()) <= interval * len(scenario.groups)
