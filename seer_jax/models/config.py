@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from seer_jax.core.errors import ConfigError
 
@@ -131,7 +131,7 @@ class DecoderConfig:
         return layer_index >= self.first_k_dense_replace
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
+    def from_hf(cls, hf: Mapping[str, Any]) -> "DecoderConfig":
         """Read a `config.json` of the hub (`rope_theta`, `rope_scaling`) or of transformers 5 (`rope_parameters`).
 
         Args:

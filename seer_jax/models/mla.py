@@ -57,13 +57,18 @@ def project(
 
 def absorb_queries(params: Params, queries: MLAQueries) -> Float[Array, "T H W"]:
     """Map queries into the latent space, so that their dot product with a cache row is the attention score."""
-    q_latent = jnp.einsum("thn,hnc->thc", queries.q_nope, params["k_up"])
+    q_latent = _per_head(queries.q_nope, params["k_up"])
     return jnp.concatenate([q_latent, queries.q_rope], axis=-1)
 
 
 def unabsorb_values(params: Params, latent_out: Float[Array, "T H C"]) -> Float[Array, "T H v"]:
     """Map attention-weighted sums of c to each head's values."""
-    return jnp.einsum("thc,hcv->thv", latent_out, params["v_up"])
+    return _per_head(latent_out, params["v_up"])
+
+
+def _per_head(x: Float[Array, "T H a"], matrices: Float[Array, "H a b"]) -> Float[Array, "T H b"]:
+    # Heads first on both sides: XLA's CPU backend runs the mixed einsum "tha,hab->thb" 3x slower.
+    return jnp.swapaxes(jnp.einsum("hta,hab->htb", jnp.swapaxes(x, 0, 1), matrices), 0, 1)
 
 
 def expanded_attention(
