@@ -213,7 +213,7 @@ class BatchPlanner:
         self.running.remove(sequence)
         self._free(sequence)
 
-    def status(self, **measured: float) -> InstanceStatus:
+    def status(self, **measured: float | int) -> InstanceStatus:
         """Telemetry for the driver and displays; `measured` adds what only the engine knows (times, steps)."""
         return InstanceStatus(
             instance_id=self.info.instance_id,

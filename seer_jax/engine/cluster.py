@@ -1,13 +1,14 @@
 """A set of instances as the rollout loop sees it, and the in-process implementation."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from seer_jax.core.events import Event, InstanceReport
 from seer_jax.core.types import InstanceInfo, RequestChunk
 from seer_jax.engine.engine import Engine
 
 
+@runtime_checkable
 class Cluster(Protocol):
     """Instances that run chunks: in this process (`LocalCluster`) or as Ray actors (`distributed.RayCluster`)."""
 

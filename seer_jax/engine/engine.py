@@ -16,7 +16,7 @@ from seer_jax.core.events import ChunkFinished
 from seer_jax.core.packing import StepBuckets, StepShape, pack, split_entries
 from seer_jax.core.types import InstanceInfo, InstanceStatus, KVHandle, RequestChunk
 from seer_jax.engine.kv_transfer import HostKV, InProcessKVStore, KVStore, KVTransfer
-from seer_jax.engine.step import StepFn, make_step, unpack_outputs
+from seer_jax.engine.step import make_step, unpack_outputs
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import decoder_specs
 from seer_jax.sharding import shardings_for
@@ -77,7 +77,6 @@ class Engine:
         else:
             self._param_shardings = shardings_for(decoder_specs(model_config, dtype), mesh)
             cache_sharding = NamedSharding(mesh, PartitionSpec())
-        self._programs: dict[StepShape, StepFn] = {}
         self.policy_version = policy_version
         self.params = self._place(params)
         cache_shape = (config.num_pages, config.page_size, model_config.latent_width)
@@ -170,9 +169,8 @@ class Engine:
         return len(shapes)
 
     def _launch(self, shape: StepShape, packed: np.ndarray) -> np.ndarray:
-        if shape not in self._programs:
-            self._programs[shape] = make_step(self.model_config, shape, max_steps=self.config.max_steps_per_dispatch)
-        self._caches, outputs = self._programs[shape](self.params, self._caches, packed)
+        step = make_step(self.model_config, shape, max_steps=self.config.max_steps_per_dispatch)
+        self._caches, outputs = step(self.params, self._caches, packed)
         return np.asarray(outputs)
 
     def _place(self, params: Mapping[str, Any]) -> Any:

@@ -1,7 +1,8 @@
 """KV of a paused request as host arrays, so that its next chunk continues on any instance without re-prefill."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ class HostKV:
     policy_version: int
 
 
+@runtime_checkable
 class KVStore(Protocol):
     """Where exported KV waits for the next chunk; any instance can read what another wrote."""
 
@@ -58,12 +60,10 @@ class KVTransfer:
 
     def __init__(self, max_pages: int) -> None:
         self._buckets = geometric_buckets(4, max_pages, 2)
-        self._gather = jax.jit(lambda caches, pages: jnp.stack([cache[pages] for cache in caches]))
-        self._scatter = jax.jit(_scatter, donate_argnums=0)
 
     def export_pages(self, caches: list[jax.Array], pages: list[int]) -> np.ndarray:
         """Copy `pages` of all layers to one host array [num_layers, num_pages, page_size, latent_width]."""
-        return np.asarray(self._gather(caches, self._pad(pages)))[:, : len(pages)]
+        return np.asarray(_gather(caches, self._pad(pages)))[:, : len(pages)]
 
     def import_pages(self, caches: list[jax.Array], pages: list[int], data: np.ndarray) -> list[jax.Array]:
         """Write host pages into the (donated) caches; padding goes to the garbage page.
@@ -79,7 +79,7 @@ class KVTransfer:
         padded_pages = self._pad(pages)
         padded = np.zeros((len(caches), len(padded_pages), *caches[0].shape[1:]), data.dtype)
         padded[:, : len(pages)] = data
-        return self._scatter(caches, padded_pages, padded)
+        return _scatter(caches, padded_pages, padded)
 
     def _pad(self, pages: list[int]) -> np.ndarray:
         padded = np.zeros(pick_bucket(len(pages), self._buckets), np.int32)
@@ -87,5 +87,11 @@ class KVTransfer:
         return padded
 
 
+@jax.jit
+def _gather(caches: list[jax.Array], pages: jax.Array) -> jax.Array:
+    return jnp.stack([cache[pages] for cache in caches])
+
+
+@partial(jax.jit, donate_argnums=0)
 def _scatter(caches: list[jax.Array], pages: jax.Array, data: jax.Array) -> list[jax.Array]:
     return [cache.at[pages].set(layer) for cache, layer in zip(caches, data, strict=True)]

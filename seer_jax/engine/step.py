@@ -5,7 +5,7 @@ Running out of pages is a host decision before launch; the device only does arit
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -58,8 +58,9 @@ class LoopState(NamedTuple):
     outputs: Int32[Array, "steps 2 E"]
 
 
+@cache
 def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int, implementation: str | None = None) -> StepFn:
-    """Build the jitted program of one bucket.
+    """Build the jitted program of one bucket; engines of one process share it.
 
     A program without prefill tiles runs up to `packed[0] <= max_steps` decode steps in a `while_loop` and leaves it as
     soon as a request finishes, so that its slot is refilled at once. A program with tiles runs one mixed step.

@@ -1,0 +1,167 @@
+"""The batch planner: pages, preemption, order, progress."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seer_jax.core.batching import BatchPlanner, Sequence, StepPlan
+from seer_jax.core.errors import ProtocolError
+from seer_jax.core.types import InstanceInfo, RequestChunk, RequestId, SamplingParams
+
+PAGE_SIZE = 4
+STOP = 7
+
+
+def make_planner(num_pages: int = 32, max_num_seqs: int = 4, **kwargs: int) -> BatchPlanner:
+    info = InstanceInfo(
+        instance_id=0, num_total_pages=num_pages, page_size=PAGE_SIZE, max_num_seqs=max_num_seqs, max_model_len=128
+    )
+    settings = {"max_prefill_tokens": 16, "prefill_tile": 4, "max_steps_per_dispatch": 8} | kwargs
+    return BatchPlanner(info, **settings)
+
+
+def make_chunk(
+    index: int, prompt: int = 5, max_new: int = 10, *, reserve: bool, priority: int = 0, limit: int = 10_000
+) -> RequestChunk:
+    return RequestChunk(
+        request_id=RequestId(0, index),
+        chunk_index=0,
+        token_ids=np.arange(prompt, dtype=np.int32) + 100,
+        num_prompt_tokens=prompt,
+        max_chunk_tokens=max_new,
+        max_total_tokens=prompt + limit,
+        num_reserved_pages=-(-(prompt + max_new) // PAGE_SIZE) if reserve else 0,
+        policy_version=0,
+        priority=priority,
+        sampling=SamplingParams(max_tokens=limit, stop_token_ids=(STOP,)),
+        sampling_key=index,
+    )
+
+
+def run(planner: BatchPlanner, plan: StepPlan, token: int = 1) -> list[Sequence]:
+    """Pretend to compute a plan: sequences emit `token` until the dispatch ends or one of them finishes."""
+    sampling = [*plan.decodes, *(piece.sequence for piece in plan.prefills if piece.is_last)]
+    steps = 1 if plan.prefills else plan.num_steps
+    steps = min([steps, *(s.limit - s.num_tokens for s in sampling)])
+    emitted = {s: (np.full(steps, token, np.int32), np.full(steps, -0.5, np.float32)) for s in sampling}
+    return planner.commit(plan, emitted)
+
+
+def check_pages(planner: BatchPlanner) -> None:
+    """Every page is free or owned by exactly one running sequence, and every planned position has one."""
+    owned = [page for sequence in planner.running for page in sequence.pages]
+    assert len(set(owned)) == len(owned)
+    assert len(owned) + planner.pool.num_free_pages == planner.pool.num_total_pages
+    assert all(not sequence.pages for sequence in planner.waiting)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 30), st.booleans()), min_size=1, max_size=12),
+    st.integers(13, 40),
+    st.integers(1, 5),
+)
+def test_every_chunk_finishes_and_no_page_is_shared_or_lost(
+    chunks: list[tuple[int, int, bool]], num_pages: int, max_num_seqs: int
+) -> None:
+    planner = make_planner(num_pages, max_num_seqs)
+    for index, (prompt, max_new, reserve) in enumerate(chunks):
+        planner.add(make_chunk(index, prompt, max_new, reserve=reserve))
+    lengths = {}
+    for _ in range(3000):
+        planner.admit()
+        plan = planner.plan()
+        if plan is None:
+            break
+        check_pages(planner)
+        steps = 1 if plan.prefills else plan.num_steps
+        for sequence in plan.decodes:
+            last_written = min(sequence.num_tokens + steps - 1, sequence.limit) - 1
+            assert last_written < len(sequence.pages) * PAGE_SIZE
+        for piece in plan.prefills:
+            assert piece.start + piece.count <= len(piece.sequence.pages) * PAGE_SIZE
+        assert sum(-(-piece.count // 4) * 4 for piece in plan.prefills) <= 16 + 3
+        for sequence in run(planner, plan):
+            lengths[sequence.chunk.request_id.index] = sequence.num_new
+            planner.release(sequence)
+    assert lengths == {index: max_new for index, (_, max_new, _) in enumerate(chunks)}
+    assert planner.pool.num_free_pages == num_pages and not planner.running and not planner.waiting
+
+
+def test_reserved_chunks_are_never_preempted_and_hold_their_pages_from_admission() -> None:
+    planner = make_planner(num_pages=8)
+    for index in range(3):
+        planner.add(make_chunk(index, 5, 10, reserve=True))  # 4 pages each: two fit
+    assert len(planner.admit()) == 2
+    while planner.running:
+        assert all(len(sequence.pages) == 4 for sequence in planner.running)
+        for sequence in run(planner, planner.plan()):
+            planner.release(sequence)
+        planner.admit()
+    assert planner.num_preemptions == 0
+
+
+def test_youngest_growing_sequence_is_preempted_and_recomputed_with_its_tokens() -> None:
+    planner = make_planner(num_pages=8)
+    for index in range(3):
+        planner.add(make_chunk(index, 5, 20, reserve=False))
+    planner.admit()
+    preempted_at = None
+    finished = {}
+    while planner.running or planner.waiting:
+        before = planner.num_preemptions
+        youngest = max(planner.running, key=lambda s: s.arrival, default=None)
+        plan = planner.plan()
+        if planner.num_preemptions > before and preempted_at is None:
+            preempted_at = youngest
+            assert youngest in planner.waiting and youngest.num_computed == 0 and youngest.num_new > 0
+        for sequence in run(planner, plan):
+            finished[sequence.chunk.request_id.index] = sequence.token_ids[: sequence.num_tokens]
+            planner.release(sequence)
+        planner.admit()
+    assert preempted_at is not None
+    assert planner.num_reprefilled_tokens > 0
+    assert sorted(finished) == [0, 1, 2]
+    assert all(list(tokens) == [*range(100, 105), *[1] * 20] for tokens in finished.values())
+
+
+def test_priority_goes_before_arrival_among_waiting_chunks() -> None:
+    planner = make_planner(max_num_seqs=1)
+    planner.add(make_chunk(0, reserve=True, priority=1))
+    planner.add(make_chunk(1, reserve=True, priority=0))
+    assert [sequence.chunk.request_id.index for sequence in planner.admit()] == [1]
+
+
+def test_long_prompt_is_prefilled_in_slices_beside_running_decodes() -> None:
+    planner = make_planner()
+    planner.add(make_chunk(0, prompt=3, reserve=True))
+    planner.admit()
+    run(planner, planner.plan())
+    planner.add(make_chunk(1, prompt=40, reserve=True))
+    planner.admit()
+    counts = []
+    while (plan := planner.plan()).prefills:
+        assert [sequence.chunk.request_id.index for sequence in plan.decodes] == [0]
+        assert plan.num_steps == 1 or plan.prefills[0].is_last
+        counts.append(plan.prefills[0].count)
+        run(planner, plan)
+    assert counts == [16, 16, 8]
+
+
+@pytest.mark.parametrize(("token", "limit", "reason"), [(STOP, 100, "stop"), (1, 10, "length"), (1, 100, "chunk")])
+def test_finish_reason_tells_stop_token_from_limit_from_chunk_end(token: int, limit: int, reason: str) -> None:
+    planner = make_planner(max_steps_per_dispatch=1)
+    planner.add(make_chunk(0, max_new=10, reserve=True, limit=limit))
+    planner.admit()
+    finished = []
+    while not finished:
+        finished = run(planner, planner.plan(), token)
+    assert finished[0].finish_reason == reason
+
+
+def test_release_of_a_running_sequence_is_a_bug() -> None:
+    planner = make_planner()
+    planner.add(make_chunk(0, reserve=True))
+    (sequence,) = planner.admit()
+    with pytest.raises(ProtocolError):
+        planner.release(sequence)

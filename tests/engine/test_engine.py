@@ -1,0 +1,170 @@
+"""The engine: exact tokens whatever the batch, chunking, migration or preemption; capacity; protocol."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+
+from seer_jax.core.errors import ProtocolError, TransferError
+from seer_jax.core.types import KVHandle, SamplingParams
+from seer_jax.engine.engine import Engine
+from seer_jax.engine.kv_transfer import InProcessKVStore
+from tests.engine import tiny
+
+
+def make_engine(**changes: object) -> Engine:
+    return Engine(tiny.MODEL, tiny.params(), dataclasses.replace(tiny.CONFIG, **changes))
+
+
+def count_compilations(run: Callable[[], object]) -> int:
+    """Programs that XLA compiles while `run` runs."""
+    durations: list[str] = []
+
+    def listen(event: str, *_: object, **__: object) -> None:
+        durations.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    run()
+    return durations.count("/jax/core/compile/backend_compile_duration")
+
+
+def test_batched_paged_decoding_gives_the_tokens_and_logprobs_of_cacheless_decoding() -> None:
+    engine = make_engine()
+    chunks = [tiny.chunk(tiny.prompt(i, 3 + 6 * i), index=i) for i in range(7)]  # more than slots, longer than a tile
+    for chunk in chunks:
+        engine.submit(chunk)
+    results = tiny.drain(engine)
+    for i, chunk in enumerate(chunks):
+        tokens, logprobs = tiny.reference_decode(chunk)
+        assert results[i].token_ids.tolist() == tokens
+        np.testing.assert_allclose(results[i].logprobs, logprobs, atol=1e-4)
+        assert results[i].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(max_tokens=20, temperature=0.0),
+        SamplingParams(max_tokens=20, temperature=0.7, top_k=4),
+        SamplingParams(max_tokens=20, top_p=0.6, seed=3),
+        SamplingParams(max_tokens=20, stop_token_ids=tuple(range(4))),
+    ],
+)
+def test_sampling_parameters_are_honoured(sampling: SamplingParams) -> None:
+    engine = make_engine()
+    chunks = [tiny.chunk(tiny.prompt(i, 5), index=i, sampling=sampling) for i in range(4)]
+    for chunk in chunks:
+        engine.submit(chunk)
+    results = tiny.drain(engine)
+    for i, chunk in enumerate(chunks):
+        tokens, logprobs = tiny.reference_decode(chunk)
+        assert results[i].token_ids.tolist() == tokens
+        np.testing.assert_allclose(results[i].logprobs, logprobs, atol=1e-4)
+        stopped = tokens[-1] in sampling.stop_token_ids
+        assert results[i].finish_reason == ("stop" if stopped else "length")
+        assert not any(token in sampling.stop_token_ids for token in tokens[:-1])
+
+
+def test_chunk_continues_on_another_instance_without_prefill() -> None:
+    whole = tiny.chunk(tiny.prompt(0, 9))
+    tokens, _ = tiny.reference_decode(whole)
+    store = InProcessKVStore()
+    engines = [Engine(tiny.MODEL, tiny.params(), tiny.CONFIG, instance_id=i, kv_store=store) for i in range(2)]
+    known, kv, got = whole.token_ids, None, []
+    for index in range(4):
+        engine = engines[index % 2]
+        engine.submit(tiny.chunk(known, num_prompt=9, chunk_index=index, max_chunk=5, kv=kv))
+        (event,) = tiny.drain(engine).values()
+        got += event.token_ids.tolist()
+        known, kv = np.concatenate([known, event.token_ids]), event.kv
+        assert (kv is None) == (event.finish_reason != "chunk")
+    assert got == tokens
+    assert engines[0].status().num_prefilled_tokens == 9
+    assert engines[1].status().num_prefilled_tokens == 0
+
+
+class BrokenStore(InProcessKVStore):
+    """Loses every block."""
+
+    def get(self, handle: KVHandle) -> None:
+        """Miss."""
+        raise TransferError("lost")
+
+
+def test_missing_kv_costs_a_prefill_and_no_token() -> None:
+    whole = tiny.chunk(tiny.prompt(0, 9))
+    tokens, _ = tiny.reference_decode(whole)
+    engine = Engine(tiny.MODEL, tiny.params(), tiny.CONFIG, kv_store=BrokenStore())
+    engine.submit(tiny.chunk(whole.token_ids, max_chunk=6))
+    (first,) = tiny.drain(engine).values()
+    known = np.concatenate([whole.token_ids, first.token_ids])
+    engine.submit(tiny.chunk(known, num_prompt=9, chunk_index=1, kv=first.kv))
+    (second,) = tiny.drain(engine).values()
+    assert [*first.token_ids, *second.token_ids] == tokens
+    assert engine.status().num_reprefilled_tokens == 9 + 6 - 1
+
+
+def test_kv_of_older_weights_is_never_used() -> None:
+    engine = make_engine()
+    engine.submit(tiny.chunk(tiny.prompt(0, 9), max_chunk=6))
+    (first,) = tiny.drain(engine).values()
+    engine.start_iteration(1, tiny.params(1))
+    known = np.concatenate([tiny.prompt(0, 9), first.token_ids])
+    request = tiny.chunk(known, num_prompt=9, chunk_index=1, kv=first.kv, policy_version=1)
+    engine.submit(request)
+    (second,) = tiny.drain(engine).values()
+    tokens, _ = tiny.reference_decode(request, seed=1)
+    assert second.token_ids.tolist() == tokens
+    assert engine.status().num_prefilled_tokens == len(known)
+
+
+def test_preempted_requests_return_the_same_tokens() -> None:
+    engine = make_engine(num_pages=13)  # 12 usable: two requests of 29 tokens need 16
+    chunks = [tiny.chunk(tiny.prompt(i, 9), index=i, reserve=False) for i in range(4)]
+    for chunk in chunks:
+        engine.submit(chunk)
+    results = tiny.drain(engine)
+    assert engine.status().num_preemptions > 0
+    for i, chunk in enumerate(chunks):
+        assert results[i].token_ids.tolist() == tiny.reference_decode(chunk)[0]
+
+
+def test_deterministic_mode_is_bitwise_independent_of_batch_chunking_and_preemption() -> None:
+    alone = make_engine(deterministic=True)
+    chunks = [tiny.chunk(tiny.prompt(i, 4 + 3 * i), index=i) for i in range(5)]
+    expected = {}
+    for chunk in chunks:
+        alone.submit(chunk)
+        expected |= tiny.drain(alone)
+    crowded = make_engine(deterministic=True, num_pages=16)
+    for chunk in chunks:
+        crowded.submit(dataclasses.replace(chunk, num_reserved_pages=0))
+    results = tiny.drain(crowded)
+    assert crowded.status().num_preemptions > 0
+    for i in range(5):
+        assert results[i].token_ids.tolist() == expected[i].token_ids.tolist()
+        assert results[i].logprobs.tobytes() == expected[i].logprobs.tobytes()
+
+
+def test_no_program_is_compiled_after_warmup() -> None:
+    engine = make_engine(max_model_len=160, max_prefill_tokens=32, max_num_seqs=5)
+    num_programs = engine.warmup()
+    for i in range(9):
+        engine.submit(tiny.chunk(tiny.prompt(i, 2 + 8 * i), index=i))
+    compiled = count_compilations(lambda: tiny.drain(engine))
+    assert num_programs == 8 and compiled == 0
+
+
+def test_chunk_of_another_policy_version_is_refused() -> None:
+    engine = make_engine()
+    with pytest.raises(ProtocolError, match="policy version 3"):
+        engine.submit(tiny.chunk(tiny.prompt(0, 4), policy_version=3))
+
+
+def test_weights_update_while_chunks_run_is_refused() -> None:
+    engine = make_engine()
+    engine.submit(tiny.chunk(tiny.prompt(0, 4)))
+    with pytest.raises(ProtocolError, match="chunks run"):
+        engine.start_iteration(1, tiny.params(1))
