@@ -35,7 +35,7 @@ class Sequence:
     logprobs: np.ndarray = field(init=False)
     num_tokens: int = field(init=False)
     num_computed: int = 0
-    num_lost: int = 0
+    num_lost: int = field(init=False)
     """Tokens whose KV existed once and must be computed again, after a preemption or a missed import."""
     pages: list[int] = field(default_factory=list)
 
@@ -46,6 +46,7 @@ class Sequence:
         self.token_ids[:start] = self.chunk.token_ids
         self.logprobs = np.empty(self.limit - start, np.float32)
         self.num_tokens = start
+        self.num_lost = start - 1 if self.chunk.chunk_index else 0
 
     @property
     def order(self) -> tuple[int, int]:

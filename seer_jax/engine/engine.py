@@ -178,20 +178,19 @@ class Engine:
 
     def _import_kv(self, sequence: Sequence) -> None:
         """Bring in the KV of a resumed chunk; a miss costs a re-prefill, never a wrong token."""
-        chunk = sequence.chunk
-        if chunk.kv is None:
-            sequence.num_lost = len(chunk.token_ids) - 1 if chunk.chunk_index else 0
+        handle = sequence.chunk.kv
+        if handle is None:
             return
         try:
-            kv = self._kv_store.get(chunk.kv)
+            kv = self._kv_store.get(handle)
             if kv.policy_version != self.policy_version:
                 raise TransferError(f"KV of policy version {kv.policy_version}")
             pages = sequence.pages[: self._planner.pool.pages_for(kv.num_tokens)]
             self._caches = self._transfer.import_pages(self._caches, pages, kv.pages)
         except TransferError:
-            sequence.num_lost = chunk.kv.num_tokens
-        else:
-            sequence.num_computed = kv.num_tokens
+            return
+        sequence.num_computed = kv.num_tokens
+        sequence.num_lost = max(0, sequence.num_lost - kv.num_tokens)
 
     def _finish(self, sequence: Sequence) -> ChunkFinished:
         chunk, reason = sequence.chunk, sequence.finish_reason

@@ -1,6 +1,7 @@
 """A small random model, and requests for it."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,9 +115,7 @@ def _next_token(
     tokens: jax.Array,
     position: jax.Array,
     key: jax.Array,
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    *law: Any,
 ) -> tuple[jax.Array, jax.Array]:
     hidden = decoder.forward_train(weights, MODEL, tokens[None])[0, position - 1]
     logits = decoder.project_logits(weights, MODEL, hidden)
