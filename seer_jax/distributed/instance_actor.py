@@ -24,9 +24,11 @@ POLL_TIMEOUT_S = 5.0
 FETCH_TIMEOUT_S = 10.0
 
 
-@ray.remote(max_concurrency=3)
 class InstanceActor:
-    """Owns an engine; `send` and `start_iteration` feed it, `poll` returns what happened."""
+    """Owns an engine; `send` and `start_iteration` feed it, `poll` returns what happened.
+
+    `ray_cluster` makes it an actor, with one thread for each of these calls.
+    """
 
     def __init__(
         self, instance_id: int, model_config: Any, params: Mapping[str, Any], config: RunConfig, cores: Sequence[int]

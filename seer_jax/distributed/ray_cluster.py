@@ -31,7 +31,7 @@ class RayCluster:
         num_instances = config.rollout.instances
         weights = ray.put(params)
         platform = _platform()
-        actor_class = InstanceActor.options(**_resources(platform, config))
+        actor_class = ray.remote(InstanceActor).options(max_concurrency=3, **_resources(platform, config))
         self._actors: dict[int, Any] = {}
         for i in range(num_instances):
             cores = _share_of_cores(i, num_instances) if platform == "cpu" else ()
