@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from rich.console import Console
 
 from seer_jax.cli.options import RolloutOptions, TrainOptions
@@ -21,11 +22,12 @@ from seer_jax.engine.cluster import Cluster
 from seer_jax.engine.factory import build_local_cluster, enable_compilation_cache
 from seer_jax.engine.rollout import RolloutRunner
 from seer_jax.models.config import DecoderConfig
-from seer_jax.models.specs import Params
+from seer_jax.models.specs import Params, decoder_specs
 from seer_jax.obs.metrics import MetricsWriter
 from seer_jax.obs.progress import ProgressDisplay
 from seer_jax.obs.run_dir import METRICS_FILE, create_run_dir
 from seer_jax.obs.tables import print_summary
+from seer_jax.sharding import MESH_AXES, shardings_for
 from seer_jax.train.learner import Learner
 from seer_jax.train.loop import TrainingRun, make_groups, make_sampling
 from seer_jax.train.tasks import make_task
@@ -117,7 +119,11 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
 
 
 def _load_model(config: RunConfig) -> tuple[DecoderConfig, Params]:
-    model_config, params = load_checkpoint(resolve_preset_path(config.model.path), jnp.dtype(config.model.dtype))
+    dtype = jnp.dtype(config.model.dtype)
+    model_config, params = load_checkpoint(resolve_preset_path(config.model.path), dtype)
+    # The instances build the real mesh; what the model cannot be divided into is said before they start.
+    mesh = AbstractMesh(tuple(getattr(config.sharding, axis) for axis in MESH_AXES), MESH_AXES)
+    shardings_for(decoder_specs(model_config, dtype), mesh)
     return model_config, jax.device_get(params)
 
 

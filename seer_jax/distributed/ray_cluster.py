@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from seer_jax.config.schema import RunConfig, num_mesh_devices
+from seer_jax.core.errors import ConfigError
 from seer_jax.core.events import Event, InstanceLost
 from seer_jax.core.types import InstanceInfo, RequestChunk
 from seer_jax.distributed.instance_actor import InstanceActor
@@ -29,8 +30,9 @@ class RayCluster:
         if self._owns_ray:
             start_ray()
         num_instances = config.rollout.instances
-        weights = ray.put(params)
         platform = _platform()
+        _check_resources(platform, config)
+        weights = ray.put(params)
         actor_class = ray.remote(InstanceActor).options(max_concurrency=3, **_resources(platform, config))
         self._actors: dict[int, Any] = {}
         for i in range(num_instances):
@@ -85,6 +87,18 @@ def _platform() -> str:
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return "cpu"
     return next((name.lower() for name in ("TPU", "GPU") if ray.cluster_resources().get(name, 0) >= 1), "cpu")
+
+
+def _check_resources(platform: str, config: RunConfig) -> None:
+    """Refuse instances that Ray could never place: it would wait for ever."""
+    size, name = num_mesh_devices(config.sharding), platform.upper()
+    available = int(ray.cluster_resources().get(name, 0))
+    if platform != "cpu" and config.rollout.instances * size > available:
+        raise ConfigError(
+            "rollout.instances",
+            f"{config.rollout.instances} instances of {size} {name}s need more than the cluster's {available}",
+            "lower rollout.instances or an axis of sharding",
+        )
 
 
 def _resources(platform: str, config: RunConfig) -> dict[str, Any]:

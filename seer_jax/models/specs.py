@@ -12,11 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seer_jax.models.config import DecoderConfig
 
 Params = dict[str, Any]
 """Nested dict of arrays (or of `ParamSpec`s), `layers` a list."""
+
+Initializer = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +30,13 @@ class ParamSpec:
         shape: Shape.
         dtype: Element type.
         logical_axes: A name per axis (see `seer_jax.sharding.rules`), None for axes that are never split.
-        init: `(key, shape, dtype) -> array`.
+        init: `(generator, shape) -> float32 array`, fresh values.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     logical_axes: tuple[str | None, ...]
-    init: Callable[..., jax.Array]
+    init: Initializer
 
 
 def decoder_specs(config: DecoderConfig, dtype: Any) -> Params:
@@ -105,7 +108,7 @@ def _moe_specs(config: DecoderConfig, dtype: Any) -> Params:
     return {
         "router": _matrix(model, experts, (None, None), jnp.float32),
         "router_bias": ParamSpec(
-            shape=(experts,), dtype=jnp.float32, logical_axes=(None,), init=jax.nn.initializers.zeros
+            shape=(experts,), dtype=jnp.float32, logical_axes=(None,), init=lambda _, shape: np.zeros(shape)
         ),
         "gate_up": _normal((experts, model, 2 * width), ("experts", None, "expert_mlp"), model**-0.5, dtype),
         "down": _output_matrix(config, (experts, width, model), ("experts", "expert_mlp", None), dtype),
@@ -114,7 +117,10 @@ def _moe_specs(config: DecoderConfig, dtype: Any) -> Params:
 
 
 def _normal(shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, dtype: Any) -> ParamSpec:
-    return ParamSpec(shape=shape, dtype=dtype, logical_axes=axes, init=jax.nn.initializers.normal(std))
+    def draw(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        return std * generator.standard_normal(shape, np.float32)
+
+    return ParamSpec(shape=shape, dtype=dtype, logical_axes=axes, init=draw)
 
 
 def _matrix(rows: int, columns: int, axes: tuple[str | None, ...], dtype: Any) -> ParamSpec:
@@ -129,14 +135,25 @@ def _output_matrix(
 
 
 def _ones(shape: tuple[int, ...], dtype: Any) -> ParamSpec:
-    return ParamSpec(shape=shape, dtype=dtype, logical_axes=(None,) * len(shape), init=jax.nn.initializers.ones)
+    return ParamSpec(shape=shape, dtype=dtype, logical_axes=(None,) * len(shape), init=lambda _, shape: np.ones(shape))
 
 
 def init_params(key: jax.Array, specs: Params) -> Params:
-    """Draw fresh weights; one key per parameter, by its place in the tree."""
+    """Draw fresh weights; each parameter has its own random stream.
+
+    Drawn by numpy: compiling jax's generator for every shape takes longer than training a tiny model's first steps.
+
+    Args:
+        key: JAX random key, the seed.
+        specs: Tree of `ParamSpec`.
+
+    Returns:
+        Arrays on the default device.
+    """
     leaves, structure = jax.tree.flatten(specs)
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(structure, [s.init(k, s.shape, s.dtype) for s, k in zip(leaves, keys, strict=True)])
+    generators = np.random.default_rng(np.asarray(jax.random.key_data(key))).spawn(len(leaves))
+    arrays = [jnp.asarray(s.init(g, s.shape), s.dtype) for s, g in zip(leaves, generators, strict=True)]
+    return jax.tree.unflatten(structure, arrays)
 
 
 def abstract_params(specs: Params) -> Params:

@@ -1,6 +1,6 @@
 """Meshes, and the one table that says how logical axes lie on them."""
 
-from seer_jax.sharding.mesh import make_mesh
+from seer_jax.sharding.mesh import MESH_AXES, make_mesh
 from seer_jax.sharding.rules import ShardingRules, shardings_for
 
-__all__ = ["ShardingRules", "make_mesh", "shardings_for"]
+__all__ = ["MESH_AXES", "ShardingRules", "make_mesh", "shardings_for"]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from seer_jax.core.errors import ConfigError
 
@@ -51,12 +51,12 @@ class ShardingRules:
         return PartitionSpec(*mesh_axes)
 
 
-def shardings_for(specs: Any, mesh: Mesh, rules: ShardingRules | None = None) -> Any:
+def shardings_for(specs: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules | None = None) -> Any:
     """Return a `NamedSharding` for every parameter.
 
     Args:
         specs: Tree of parameter declarations.
-        mesh: The mesh.
+        mesh: The mesh; an abstract one serves to check.
         rules: The table; None takes the defaults.
 
     Returns:

@@ -89,11 +89,11 @@ def restore_latest(run_dir: str | Path, target: TrainState) -> tuple[TrainState,
         raise ConfigError("--resume", f"no run directory {str(run_dir)!r}", "give the directory of an earlier run")
     if not (Path(run_dir) / SUBDIRECTORY).is_dir():
         return None
-    with _open(run_dir, ocp.CheckpointManagerOptions(create=False, read_only=True)) as manager:
+    with _open(run_dir, ocp.CheckpointManagerOptions(create=False)) as manager:
         step = manager.latest_step()
         if step is None:
             return None
-        _check_fit(manager.item_metadata(step)["state"].tree, target, manager.directory / str(step))
+        _check_fit(manager.item_metadata(step)["state"].tree, target, f"{manager.directory}/{step}")
         items = {"state": ocp.args.StandardRestore(jax.tree.map(_abstract, target)), "info": ocp.args.JsonRestore()}
         restored = manager.restore(step, args=ocp.args.Composite(**items))
     return restored["state"], CheckpointInfo(**restored["info"])
@@ -110,7 +110,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
-def _check_fit(saved: Any, target: TrainState, directory: Path) -> None:
+def _check_fit(saved: Any, target: TrainState, directory: str) -> None:
     """Compare names, shapes and types leaf by leaf; parameters first, as the optimizer's leaves only mirror them."""
     saved, wanted = _describe_leaves(saved), _describe_leaves(target)
     for name in sorted(saved.keys() | wanted.keys(), key=lambda name: (not name.startswith("params."), name)):
