@@ -1,45 +1,65 @@
-"""Paged latent attention as two matmuls over the gathered context of each tile."""
+"""Paged latent attention in plain XLA, at a cost that follows each request's own context.
 
-import functools
+A tile's context is cut into blocks. The blocks in use of all tiles form one list of work items, and a loop takes as many of
+them at a time as there are tiles; its trip count is dynamic. One long request among short ones costs its own blocks, not
+its length times the batch, and one program serves every context length.
+"""
 
 import jax
 import jax.numpy as jnp
 
-CPU_GATHER_BYTES = 2 << 20
-"""Context gathered at a time on CPU: what stays in a core's cache. 2x faster than all at once at 16 x 1024 rows."""
+BLOCK_TOKENS = 128
+"""Least context of a work item: 40 KB of float32 rows 80 wide, well inside a core's cache."""
+MAX_BLOCKS = 64
+"""Most work items per tile: bounds the partial results that wait to be combined."""
+MIN_ITEMS = 4
+"""Least work items per trip round the loop."""
 
 
 def mla_attention_xla(q, cache, block_tables, first_position, num_queries, *, value_width, scale):
     """See `mla_attention`."""
-    attend = functools.partial(_attend, cache=cache, value_width=value_width, scale=scale)
-    row_bytes = cache.shape[-1] * cache.dtype.itemsize
-    tile_bytes = block_tables.shape[1] * cache.shape[1] * row_bytes
-    tiles = q.shape[0]
-    group = max(n for n in range(1, tiles + 1) if tiles % n == 0 and (n == 1 or n * tile_bytes <= CPU_GATHER_BYTES))
+    num_tiles, rows_per_tile, heads, width = q.shape
+    page_size = cache.shape[1]
+    pages_per_tile = block_tables.shape[1]
+    pages_per_block = max(-(-BLOCK_TOKENS // page_size), -(-pages_per_tile // MAX_BLOCKS))
+    blocks_per_tile = -(-pages_per_tile // pages_per_block)
+    block_tokens = pages_per_block * page_size
+    padding = blocks_per_tile * pages_per_block - pages_per_tile
+    tables = jnp.pad(block_tables, ((0, 0), (0, padding))).reshape(num_tiles, blocks_per_tile, pages_per_block)
 
-    def attend_in_groups(*arrays):
-        if group == tiles:
-            return attend(*arrays)
-        grouped = tuple(a.reshape(tiles // group, group, *a.shape[1:]) for a in arrays)
-        return jax.lax.map(lambda arrays: attend(*arrays), grouped).reshape(*q.shape[:-1], value_width)
-
-    return jax.lax.platform_dependent(
-        q, block_tables, first_position, num_queries, cpu=attend_in_groups, default=attend
-    )
-
-
-def _attend(q, block_tables, first_position, num_queries, *, cache, value_width, scale):
-    tiles, rows_per_tile, heads, width = q.shape
-    context = cache[block_tables].reshape(tiles, -1, width)
     offsets = jnp.arange(rows_per_tile)
     in_use = offsets < num_queries[:, None]
     # Rows not in use see position 0, so that their softmax is finite; their result is zeroed below.
-    positions = jnp.where(in_use, first_position[:, None] + offsets, 0)
-    visible = jnp.arange(context.shape[1]) <= jnp.repeat(positions, heads, axis=1)[:, :, None]
-    flat_q = q.reshape(tiles, rows_per_tile * heads, width)
-    scores = jnp.einsum("nqw,nkw->nqk", flat_q, context, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(visible, scores * scale, -jnp.inf), axis=-1).astype(q.dtype)
-    # Whole rows are summed and cut afterwards: cutting the context first would copy it.
-    out = jnp.einsum("nqk,nkw->nqw", weights, context, preferred_element_type=jnp.float32)[:, :, :value_width]
-    out = out.reshape(tiles, rows_per_tile, heads, value_width)
+    positions = jnp.repeat(jnp.where(in_use, first_position[:, None] + offsets, 0), heads, axis=1)
+    queries = q.reshape(num_tiles, rows_per_tile * heads, width)
+
+    last_position = first_position + num_queries - 1
+    num_blocks = jnp.where(num_queries > 0, last_position // block_tokens + 1, 0)
+    ends = jnp.cumsum(num_blocks)
+    num_items = min(num_tiles * blocks_per_tile, max(num_tiles, MIN_ITEMS))
+
+    def run_items(trip, partials):
+        item = trip * num_items + jnp.arange(num_items)
+        tile = jnp.minimum(jnp.sum(item[:, None] >= ends, axis=1), num_tiles - 1)
+        block = jnp.clip(item - (ends - num_blocks)[tile], 0, blocks_per_tile - 1)
+        context = cache[tables[tile, block]].reshape(num_items, block_tokens, width)
+        seen = block[:, None] * block_tokens + jnp.arange(block_tokens)
+        scores = jnp.einsum("iqw,ikw->iqk", queries[tile], context, preferred_element_type=jnp.float32)
+        scores = jnp.where(seen[:, None] <= positions[tile][:, :, None], scores * scale, -jnp.inf)
+        # A row of a prefill tile may see nothing of the tile's last block.
+        peak = jnp.maximum(jnp.max(scores, axis=-1), jnp.finfo(jnp.float32).min)
+        weights = jnp.exp(scores - peak[:, :, None])
+        # Whole rows are summed and cut afterwards: cutting the context first would copy it.
+        values = jnp.einsum("iqk,ikw->iqw", weights.astype(q.dtype), context, preferred_element_type=jnp.float32)
+        target = jnp.where(item < ends[-1], tile * blocks_per_tile + block, num_tiles * blocks_per_tile)
+        new = (peak, jnp.sum(weights, axis=-1), values[:, :, :value_width])
+        return tuple(old.at[target].set(part, mode="drop") for old, part in zip(partials, new, strict=True))
+
+    shape = (num_tiles * blocks_per_tile, rows_per_tile * heads)
+    empty = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, value_width)))
+    partials = jax.lax.fori_loop(0, -(-ends[-1] // num_items), run_items, empty)
+    peak, mass, values = (part.reshape(num_tiles, blocks_per_tile, *part.shape[1:]) for part in partials)
+    share = jnp.exp(peak - jnp.maximum(jnp.max(peak, axis=1, keepdims=True), jnp.finfo(jnp.float32).min))
+    out = jnp.sum(share[..., None] * values, axis=1) / jnp.maximum(jnp.sum(share * mass, axis=1), 1e-30)[..., None]
+    out = out.reshape(num_tiles, rows_per_tile, heads, value_width)
     return jnp.where(in_use[:, :, None, None], out, 0.0).astype(q.dtype)

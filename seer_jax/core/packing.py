@@ -18,8 +18,8 @@ FIRST_POSITION, COUNT, SAMPLE, REMAINING, KEY_LOW, KEY_HIGH, TOP_K, TEMPERATURE,
 NUM_FIELDS = STOP_IDS + MAX_STOP_TOKENS
 """Columns of an entry before its block table; floats are stored as their bits."""
 
-SMALLEST_CONTEXT = 128
-"""Tokens of the smallest context bucket: below it attention costs less than another compilation is worth."""
+SMALLEST_BUCKET = 2
+"""Rows or tiles of the smallest program: one more compilation would save little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class StepShape:
         num_rows: Decode rows.
         num_tiles: Prefill tiles; 0 in a decode program.
         tile: Query tokens per prefill tile.
-        num_pages: Block-table width: context bucket / page size.
+        num_pages: Width of the block tables.
         truncates: Whether any request asks for top-k or top-p; sorting the vocabulary costs run and compile time.
     """
 
@@ -128,56 +128,45 @@ def pack(rows: list[Entry], tiles: list[Entry], shape: StepShape, num_steps: int
 class StepBuckets:
     """The step shapes that an engine compiles, and the choice among them.
 
-    Decode programs come in a few numbers of rows and context lengths; mixed programs always have all rows and come in a
-    few numbers of tiles and fewer context lengths. In the deterministic mode there is one shape for everything, so that
-    every token of every request is computed by the same program.
+    Decode programs come in a few numbers of rows; mixed programs always have all rows and come in a few numbers of
+    tiles. Context lengths need no buckets: attention does the work of the context that is there. In the deterministic
+    mode there is one shape, so that every token of every request is computed by the same program.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.max_pages = pages_for_tokens(config.max_model_len, config.page_size)
+        self._is_deterministic = config.deterministic
         num_slots = config.max_num_seqs
-        self.page_size, self._is_deterministic = config.page_size, config.deterministic
         if config.deterministic:
             self.tile = 1
             self.max_prefill_tokens = min(config.max_prefill_tokens, num_slots)
             self._rows: tuple[int, ...] = (num_slots + self.max_prefill_tokens,)
             self._tiles: tuple[int, ...] = ()
-            self._decode_pages: tuple[int, ...] = (self.max_pages,)
-            self._mixed_pages: tuple[int, ...] = ()
             return
         self.tile = config.prefill_tile
         max_tiles = pages_for_tokens(config.max_prefill_tokens, self.tile)
         self.max_prefill_tokens = max_tiles * self.tile
-        smallest = min(self.max_pages, pages_for_tokens(SMALLEST_CONTEXT, config.page_size))
-        self._rows = geometric_buckets(min(4, num_slots), num_slots, 4)
-        self._tiles = geometric_buckets(min(2, max_tiles), max_tiles, 2)
-        self._decode_pages = geometric_buckets(smallest, self.max_pages, 2)
-        self._mixed_pages = geometric_buckets(smallest, self.max_pages, 4)
+        self._rows = geometric_buckets(min(SMALLEST_BUCKET, num_slots), num_slots)
+        self._tiles = geometric_buckets(min(SMALLEST_BUCKET, max_tiles), max_tiles)
 
     def all_shapes(self, truncates: bool) -> list[StepShape]:
         """Every shape that `pick` can return for requests that all truncate, or all do not."""
-        decode = [self._shape(rows, 0, pages, truncates) for rows in self._rows for pages in self._decode_pages]
-        mixed = [self._shape(self._rows[-1], tiles, p, truncates) for tiles in self._tiles for p in self._mixed_pages]
-        return decode + mixed
+        decode = [self._shape(rows, 0, truncates) for rows in self._rows]
+        return decode + [self._shape(self._rows[-1], tiles, truncates) for tiles in self._tiles]
 
-    def pick(self, rows: list[Entry], tiles: list[Entry], num_steps: int) -> StepShape:
-        """The smallest shape that holds these entries and the context that `num_steps` steps reach."""
-        steps = 1 if tiles else num_steps
-        context = max(min(entry.start + entry.count + steps, entry.sequence.limit) for entry in rows + tiles)
-        num_pages = pages_for_tokens(context, self.page_size)
+    def pick(self, rows: list[Entry], tiles: list[Entry]) -> StepShape:
+        """The smallest shape that holds these entries."""
         truncates = any(_truncates(entry.sequence.chunk.sampling) for entry in rows + tiles)
         if tiles:
-            num_tiles, num_pages = pick_bucket(len(tiles), self._tiles), pick_bucket(num_pages, self._mixed_pages)
-            return self._shape(self._rows[-1], num_tiles, num_pages, truncates)
-        num_rows, num_pages = pick_bucket(len(rows), self._rows), pick_bucket(num_pages, self._decode_pages)
-        return self._shape(num_rows, 0, num_pages, truncates)
+            return self._shape(self._rows[-1], pick_bucket(len(tiles), self._tiles), truncates)
+        return self._shape(pick_bucket(len(rows), self._rows), 0, truncates)
 
-    def _shape(self, num_rows: int, num_tiles: int, num_pages: int, truncates: bool) -> StepShape:
+    def _shape(self, num_rows: int, num_tiles: int, truncates: bool) -> StepShape:
         return StepShape(
             num_rows=num_rows,
             num_tiles=num_tiles,
             tile=self.tile,
-            num_pages=num_pages,
+            num_pages=self.max_pages,
             truncates=truncates or self._is_deterministic,
         )
 
@@ -190,12 +179,12 @@ def pick_bucket(value: int, buckets: tuple[int, ...]) -> int:
     raise ValueError(f"{value} exceeds the largest bucket {buckets[-1]}")
 
 
-def geometric_buckets(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
-    """`smallest`, `smallest * factor`, ... and always `largest`."""
+def geometric_buckets(smallest: int, largest: int) -> tuple[int, ...]:
+    """`smallest`, twice that, ... and always `largest`."""
     buckets = []
     while smallest < largest:
         buckets.append(smallest)
-        smallest *= factor
+        smallest *= 2
     return (*buckets, largest)
 
 

@@ -113,7 +113,7 @@ class Engine:
         if plan is None:
             return []
         rows, tiles = split_entries(plan, self._buckets.tile)
-        shape = self._buckets.pick(rows, tiles, plan.num_steps)
+        shape = self._buckets.pick(rows, tiles)
         packed = pack(rows, tiles, shape, plan.num_steps)
         launched = time.perf_counter()
         outputs = self._launch(shape, packed)

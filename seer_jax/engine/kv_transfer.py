@@ -59,7 +59,7 @@ class KVTransfer:
     """Copies pages between device caches and host, at a few bucketed sizes."""
 
     def __init__(self, max_pages: int) -> None:
-        self._buckets = geometric_buckets(4, max_pages, 2)
+        self._buckets = geometric_buckets(min(4, max_pages), max_pages)
 
     def export_pages(self, caches: list[jax.Array], pages: list[int]) -> np.ndarray:
         """Copy `pages` of all layers to one host array [num_layers, num_pages, page_size, latent_width]."""
