@@ -1,8 +1,8 @@
 """Paged latent attention in plain XLA, at a cost that follows each request's own context.
 
-A tile's context is cut into blocks. The blocks in use of all tiles form one list of work items, and a loop takes as many of
-them at a time as there are tiles; its trip count is dynamic. One long request among short ones costs its own blocks, not
-its length times the batch, and one program serves every context length.
+A tile's context is cut into blocks. The blocks in use of all tiles form one list of work items, and a loop takes as
+many of them at a time as there are tiles; its trip count is dynamic. One long request among short ones costs its own
+blocks, not its length times the batch, and one program serves every context length.
 """
 
 import jax
