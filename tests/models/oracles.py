@@ -1,6 +1,6 @@
 """The reference fixtures, and a minimal paged decode loop to hold against them."""
 
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -17,11 +17,6 @@ from seer_jax.weights import load_checkpoint
 ORACLES = Path(__file__).parent.parent / "data/oracles"
 CASES = ("moonlight", "k2", "dsv3_grouped")
 PAGE_SIZE = 4
-
-quick_jit = partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
-"""Compiles in half the time: tiny models spend seconds in LLVM and milliseconds running."""
 
 
 @cache

@@ -7,7 +7,8 @@ import pytest
 
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import decoder_specs, init_params
-from tests.models.oracles import empty_caches, load_case, paged_logits, quick_jit
+from tests.models.oracles import empty_caches, load_case, paged_logits
+from tests.quick import quick_jit
 
 WIDE = DecoderConfig(
     vocab_size=256,

@@ -11,7 +11,8 @@ from seer_jax.models import decoder
 from seer_jax.models.layers import rms_norm
 from seer_jax.models.moe import route
 from seer_jax.weights.hub_layout import to_hub
-from tests.models.oracles import CASES, empty_caches, load_case, paged_logits, quick_jit
+from tests.models.oracles import CASES, empty_caches, load_case, paged_logits
+from tests.quick import quick_jit
 
 TOLERANCE = 1e-4
 

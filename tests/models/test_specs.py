@@ -8,8 +8,9 @@ from seer_jax.models import decoder
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import abstract_params, decoder_specs, init_params, num_params
 from seer_jax.sharding import ShardingRules
-from tests.models.oracles import load_case, quick_jit
+from tests.models.oracles import load_case
 from tests.models.test_config import KIMI_K2
+from tests.quick import quick_jit
 
 
 def run(config, params, token_ids):

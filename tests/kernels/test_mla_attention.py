@@ -1,0 +1,93 @@
+"""Paged latent attention equals float64 attention over each request's own rows, whatever lies elsewhere."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.mla_attention import mla_attention
+from tests.quick import quick_jit
+
+HEADS, WIDTH, VALUE, PAGE, SCALE = 3, 12, 8, 4, 0.3
+
+
+def make_case(lengths, tile, pages, dtype=np.float32):
+    """Queries are the last tokens of contexts of the given lengths; foreign pages hold huge values."""
+    rng = np.random.default_rng(0)
+    tiles = len(lengths)
+    cache = rng.normal(size=(tiles * pages + 1, PAGE, WIDTH))
+    cache[0] = 1e4
+    tables = rng.permutation(np.arange(1, tiles * pages + 1)).reshape(tiles, pages).astype(np.int32)
+    count = np.minimum(lengths, tile).astype(np.int32)
+    first = (np.array(lengths) - count).astype(np.int32)
+    for n, length in enumerate(lengths):
+        rows = cache[tables[n]].reshape(-1, WIDTH)
+        rows[length:] = 1e4
+        cache[tables[n]] = rows.reshape(pages, PAGE, WIDTH)
+    q = rng.normal(size=(tiles, tile, HEADS, WIDTH))
+    return q.astype(dtype), cache.astype(dtype), tables, first, count
+
+
+def exact(q, cache, tables, first, count):
+    """The definition, in float64 loops."""
+    out = np.zeros((*q.shape[:3], VALUE))
+    for n in range(len(q)):
+        for t in range(count[n]):
+            rows = cache[tables[n]].reshape(-1, WIDTH)[: first[n] + t + 1].astype(np.float64)
+            for h in range(HEADS):
+                scores = rows @ q[n, t, h].astype(np.float64) * SCALE
+                weights = np.exp(scores - scores.max())
+                out[n, t, h] = weights / weights.sum() @ rows[:, :VALUE]
+    return out
+
+
+def attend(implementation, *arrays):
+    return quick_jit(lambda *a: mla_attention(*a, value_width=VALUE, scale=SCALE, implementation=implementation))(
+        *map(jnp.asarray, arrays)
+    )
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(
+    ("lengths", "tile"),
+    [((1, 5, 16, 20), 1), ((20, 3, 8), 8), ((0, 7, 1, 0), 4)],
+    ids=["decode", "prefill slices", "padding tiles"],
+)
+def test_equals_float64_attention(implementation, lengths, tile):
+    case = make_case(lengths, tile, pages=5)
+    np.testing.assert_allclose(attend(implementation, *case), exact(*case), atol=3e-6)
+
+
+def test_long_contexts_beside_short_ones():
+    case = make_case((1, 299, 128, 129, 0, 6, 257, 300), 2, pages=75)
+    np.testing.assert_allclose(attend("xla", *case), exact(*case), atol=3e-6)
+
+
+@pytest.mark.parametrize("tile", [1, 4])
+def test_a_tile_keeps_its_bits_among_others_and_at_another_place(tile):
+    q, cache, tables, first, count = make_case((200, 5, 16, 129, 3, 4, 300), tile, pages=75)
+    out = attend("xla", q, cache, tables, first, count)
+    order = np.random.default_rng(1).permutation(len(q))
+    np.testing.assert_array_equal(attend("xla", q[order], cache, tables[order], first[order], count[order]), out[order])
+    shorter = np.where(np.arange(len(q)) == 0, first, first // 2)
+    np.testing.assert_array_equal(attend("xla", q, cache, tables, shorter, count)[0], out[0])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_rows_not_in_use_are_zero(implementation):
+    case = make_case((0, 2), 4, pages=2)
+    out = np.asarray(attend(implementation, *case))
+    assert not out[0].any()
+    assert not out[1, 2:].any()
+    assert out[1, :2].all()
+
+
+def test_bfloat16_accumulates_in_float32():
+    case = make_case((20, 13), 1, pages=5, dtype=jnp.bfloat16)
+    out = attend("xla", *case)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(np.float32), exact(*case), atol=0.03)
+
+
+def test_the_comparison_notices_one_position_too_many():
+    q, cache, tables, first, count = make_case((9, 14), 1, pages=5)
+    assert np.abs(attend("xla", q, cache, tables, first + 1, count) - exact(q, cache, tables, first, count)).max() > 0.1
