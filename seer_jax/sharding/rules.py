@@ -1,7 +1,7 @@
 """Logical axis -> mesh axis, the whole sharding of a model in one table."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from seer_jax.core.errors import ConfigError
 
 
+@runtime_checkable
 class Declaration(Protocol):
     """What sharding needs to know of a parameter; `seer_jax.models.specs.ParamSpec` is one."""
 

@@ -14,6 +14,8 @@ import numpy as np
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import Params, abstract_params, decoder_specs
 
+AnyArray = jax.Array | np.ndarray
+
 ATTENTION_NAMES = {
     "q_proj": "q_proj.weight",
     "q_a_proj": "q_a_proj.weight",
@@ -32,7 +34,7 @@ def hub_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in jax.eval_shape(lambda p: to_hub(config, p), abstract).items()}
 
 
-def to_hub(config: DecoderConfig, params: Params) -> dict[str, jax.Array]:
+def to_hub(config: DecoderConfig, params: Params) -> dict[str, AnyArray]:
     """Convert parameters to the hub's tensors."""
     tensors = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["final_norm"]}
     if not config.tie_word_embeddings:
@@ -49,7 +51,7 @@ def to_hub(config: DecoderConfig, params: Params) -> dict[str, jax.Array]:
     return tensors
 
 
-def _attention_to_hub(config: DecoderConfig, attn: Params, prefix: str) -> dict[str, jax.Array]:
+def _attention_to_hub(config: DecoderConfig, attn: Params, prefix: str) -> dict[str, AnyArray]:
     rope = config.qk_rope_head_dim
     tensors = {}
     for ours, theirs in ATTENTION_NAMES.items():
@@ -65,14 +67,14 @@ def _attention_to_hub(config: DecoderConfig, attn: Params, prefix: str) -> dict[
     return tensors | {prefix + "kv_b_proj.weight": per_head.reshape(-1, config.kv_lora_rank)}
 
 
-def _moe_to_hub(moe: Params, prefix: str) -> dict[str, jax.Array]:
+def _moe_to_hub(moe: Params, prefix: str) -> dict[str, AnyArray]:
     tensors = {prefix + "gate.weight": moe["router"].T, prefix + "gate.e_score_correction_bias": moe["router_bias"]}
     for expert in range(moe["router_bias"].shape[0]):
         tensors |= _mlp_to_hub(moe["gate_up"][expert], moe["down"][expert], f"{prefix}experts.{expert}.")
     return tensors | _mlp_to_hub(moe["shared"]["gate_up"], moe["shared"]["down"], prefix + "shared_experts.")
 
 
-def _mlp_to_hub(gate_up: jax.Array, down: jax.Array, prefix: str) -> dict[str, jax.Array]:
+def _mlp_to_hub(gate_up: AnyArray, down: AnyArray, prefix: str) -> dict[str, AnyArray]:
     gate, up = jnp.split(gate_up, 2, axis=-1)
     return {
         prefix + "gate_proj.weight": gate.T,
@@ -81,7 +83,7 @@ def _mlp_to_hub(gate_up: jax.Array, down: jax.Array, prefix: str) -> dict[str, j
     }
 
 
-def _interleave(x: jax.Array, rope: int) -> jax.Array:
+def _interleave(x: AnyArray, rope: int) -> jax.Array:
     """Reorder the last `rope` columns from [firsts | seconds] of the pairs to pair after pair."""
     kept, pairs = jnp.split(x, [x.shape[-1] - rope], axis=-1)
     pairs = pairs.reshape(*x.shape[:-1], 2, rope // 2)
