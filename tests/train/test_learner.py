@@ -44,6 +44,14 @@ MODEL = DecoderConfig(
 MAX_LENGTH = 64
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Nearly all of this file's time is compilation; half of that is LLVM optimising code that runs for a millisecond."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def make_params(dtype=np.float32):
     specs, rng = decoder_specs(MODEL, dtype), np.random.default_rng(0)
     params = jax.tree.map(lambda s: (rng.normal(size=s.shape) * s.shape[0] ** -0.5).astype(s.dtype), specs)
@@ -289,7 +297,8 @@ def test_a_resumed_learner_continues_bit_for_bit(tmp_path):
 
 def test_four_devices_compute_what_one_computes():
     script = """
-import jax, json, sys
+import jax, json
+jax.config.update("jax_disable_most_optimizations", True)
 from tests.train.test_learner import Learner, MODEL, make_advantages, make_config, make_params, make_samples
 learner = Learner(make_config(), MODEL, make_params())
 print(json.dumps([learner.update(make_samples(policy_version=v), make_advantages(make_samples())) for v in range(2)]))
