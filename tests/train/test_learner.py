@@ -46,7 +46,7 @@ MAX_LENGTH = 64
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
-    """Nearly all of this file's time is compilation; half of that is LLVM optimising code that runs for a millisecond."""
+    """Nearly all of this file's time is compilation, half of that spent on optimising code that runs for 1 ms."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
