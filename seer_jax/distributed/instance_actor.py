@@ -1,22 +1,23 @@
 """One inference instance in its own process, on its own devices.
 
-A thread runs the engine without a pause; calls from the controller only touch queues, so no Ray call sits between two
-decode steps. jax is imported after the process environment is set.
+A thread runs the engine without a pause; calls from the controller only touch queues, other threads fetch and publish
+KV, so no Ray call sits between two decode steps. jax is imported after the process environment is set.
 """
 
+import logging
 import os
 import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayError
 
 from seer_jax.config.schema import RunConfig, num_mesh_devices
-from seer_jax.core.errors import TransferError
-from seer_jax.core.events import Event, InstanceReport
+from seer_jax.core.events import ChunkFinished, Event, InstanceReport
 from seer_jax.core.types import InstanceInfo, KVHandle, RequestChunk
 
 REPORT_INTERVAL_S = 0.5
@@ -49,9 +50,10 @@ class InstanceActor:
             os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={num_mesh_devices(config.sharding)}"
         from seer_jax.engine.factory import build_engine
 
-        self._engine = build_engine(config, model_config, params, instance_id=instance_id, kv_store=ObjectStoreKV())
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._engine = build_engine(config, model_config, params, instance_id=instance_id)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._publisher = ThreadPoolExecutor(1, "publisher")
         self._thread = ThreadPoolExecutor(1, "engine").submit(self._serve)
 
     def info(self) -> InstanceInfo:
@@ -67,15 +69,15 @@ class InstanceActor:
             done.set_result(None)
 
         self._inbox.put(run)
-        while not done.done() and not self._thread.done():
-            time.sleep(0.001)
+        wait([done, self._thread], return_when=FIRST_COMPLETED)
         if not done.done():
             self._thread.result()
 
     def send(self, chunks: Sequence[RequestChunk]) -> None:
-        """Queue chunks."""
+        """Fetch the KV of chunks, then queue them; the engine runs on meanwhile."""
         for chunk in chunks:
-            self._inbox.put(lambda chunk=chunk: self._engine.submit(chunk))
+            fetched = chunk if chunk.kv is None else replace(chunk, kv=_fetch(chunk.kv))
+            self._inbox.put(lambda chunk=fetched: self._engine.submit(chunk))
 
     def poll(self) -> list[Event]:
         """Wait for events, at most `POLL_TIMEOUT_S`; raises what the engine raised."""
@@ -89,38 +91,34 @@ class InstanceActor:
         except queue.Empty:
             return events
 
-    def close(self) -> None:
-        """End the engine thread."""
-        self._inbox.put(None)
-
     def _serve(self) -> None:
         engine, reported = self._engine, 0.0
         while True:
             while not engine.has_work or not self._inbox.empty():
-                call = self._inbox.get()
-                if call is None:
-                    return
-                call()
+                self._inbox.get()()
             finished = engine.step()
             for event in finished:
-                self._outbox.put(event)
+                if event.kv is None:
+                    self._outbox.put(event)
+                else:
+                    self._publisher.submit(self._publish, event)
             if finished or time.monotonic() - reported > REPORT_INTERVAL_S:
                 reported = time.monotonic()
                 self._outbox.put(InstanceReport(status=engine.status()))
 
-
-class ObjectStoreKV:
-    """KV of paused chunks in Ray's object store: any instance can fetch it, it dies with the instance that wrote it."""
-
-    def put(self, kv: Any) -> ray.ObjectRef:
-        """Keep `kv` while its handle is referenced."""
-        return ray.put(kv)
-
-    def get(self, handle: KVHandle) -> Any:
-        """Fetch it, zero-copy on the same node."""
-        if handle.ref is None:
-            raise TransferError("the KV handle came without a reference")
+    def _publish(self, event: ChunkFinished) -> None:
+        """Put the KV of a paused request where any instance can fetch it, then report the chunk."""
         try:
-            return ray.get(handle.ref, timeout=FETCH_TIMEOUT_S)
-        except (ObjectLostError, GetTimeoutError) as error:
-            raise TransferError(f"KV block is gone: {error}") from error
+            kv = replace(event.kv, ref=ray.put(event.kv.ref))
+        except RayError as error:
+            logging.warning("KV of %s is dropped and will be computed again: %s", event.request_id, error)
+            kv = None
+        self._outbox.put(replace(event, kv=kv))
+
+
+def _fetch(handle: KVHandle) -> KVHandle | None:
+    """Resolve a reference into Ray's object store; None if the block died with the instance that wrote it."""
+    try:
+        return replace(handle, ref=ray.get(handle.ref, timeout=FETCH_TIMEOUT_S))
+    except (ObjectLostError, GetTimeoutError):
+        return None

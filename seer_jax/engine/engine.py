@@ -15,7 +15,7 @@ from seer_jax.core.errors import ProtocolError, TransferError
 from seer_jax.core.events import ChunkFinished
 from seer_jax.core.packing import StepBuckets, StepShape, pack, split_entries
 from seer_jax.core.types import InstanceInfo, InstanceStatus, KVHandle, RequestChunk
-from seer_jax.engine.kv_transfer import HostKV, InProcessKVStore, KVStore, KVTransfer
+from seer_jax.engine.kv_transfer import HostKV, KVTransfer
 from seer_jax.engine.step import make_step, unpack_outputs
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import decoder_specs
@@ -36,7 +36,6 @@ class Engine:
         *,
         instance_id: int = 0,
         policy_version: int = 0,
-        kv_store: KVStore | None = None,
         mesh: Mesh | None = None,
     ) -> None:
         """Place the weights and allocate the caches.
@@ -47,7 +46,6 @@ class Engine:
             config: Slots, pages, buckets.
             instance_id: Name of this instance in events.
             policy_version: Version of `params`.
-            kv_store: Where KV of paused chunks goes; in-process by default.
             mesh: Devices of this instance; None = the default device.
 
         Raises:
@@ -68,7 +66,6 @@ class Engine:
             prefill_tile=self._buckets.tile,
             max_steps_per_dispatch=config.max_steps_per_dispatch,
         )
-        self._kv_store = kv_store or InProcessKVStore()
         self._transfer = KVTransfer(self._buckets.max_pages)
         dtype = params["embed"].dtype
         if mesh is None or mesh.size == 1:
@@ -87,7 +84,7 @@ class Engine:
         self._host_time_s = self._device_time_s = 0.0
 
     def submit(self, chunk: RequestChunk) -> None:
-        """Queue a chunk.
+        """Queue a chunk. The `ref` of its KV handle is a `HostKV`, or None if the KV could not be had.
 
         Raises:
             ProtocolError: If the chunk is meant for other weights.
@@ -166,6 +163,7 @@ class Engine:
         first = self.info.instance_id * len(shapes) // max(1, num_peers)
         for shape in shapes[first:] + shapes[:first]:
             self._launch(shape, pack([], [], shape, 0))
+        self._caches = self._transfer.warmup(self._caches)
         return len(shapes)
 
     def _launch(self, shape: StepShape, packed: np.ndarray) -> np.ndarray:
@@ -178,14 +176,11 @@ class Engine:
 
     def _import_kv(self, sequence: Sequence) -> None:
         """Bring in the KV of a resumed chunk; a miss costs a re-prefill, never a wrong token."""
-        handle = sequence.chunk.kv
-        if handle is None:
+        kv = sequence.chunk.kv and sequence.chunk.kv.ref
+        if kv is None or kv.policy_version != self.policy_version:
             return
+        pages = sequence.pages[: self._planner.pool.pages_for(kv.num_tokens)]
         try:
-            kv = self._kv_store.get(handle)
-            if kv.policy_version != self.policy_version:
-                raise TransferError(f"KV of policy version {kv.policy_version}")
-            pages = sequence.pages[: self._planner.pool.pages_for(kv.num_tokens)]
             self._caches = self._transfer.import_pages(self._caches, pages, kv.pages)
         except TransferError:
             return
@@ -202,7 +197,7 @@ class Engine:
                 num_tokens=sequence.num_computed,
                 policy_version=self.policy_version,
             )
-            handle = KVHandle(num_tokens=kv.num_tokens, policy_version=self.policy_version, ref=self._kv_store.put(kv))
+            handle = KVHandle(num_tokens=kv.num_tokens, policy_version=self.policy_version, ref=kv)
         self._planner.release(sequence)
         return ChunkFinished(
             instance_id=self.info.instance_id,

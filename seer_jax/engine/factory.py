@@ -9,7 +9,6 @@ import jax
 from seer_jax.config.schema import RunConfig, num_mesh_devices
 from seer_jax.engine.cluster import LocalCluster
 from seer_jax.engine.engine import Engine
-from seer_jax.engine.kv_transfer import InProcessKVStore, KVStore
 from seer_jax.models.config import DecoderConfig
 from seer_jax.sharding import make_mesh
 
@@ -20,7 +19,6 @@ def build_engine(
     params: Mapping[str, Any],
     *,
     instance_id: int,
-    kv_store: KVStore,
     first_device: int = 0,
 ) -> Engine:
     """Build an engine on this process's devices and compile its programs.
@@ -30,7 +28,6 @@ def build_engine(
         model_config: Shapes of the model.
         params: Weights, on host or device.
         instance_id: Name in events.
-        kv_store: Where KV of paused chunks goes.
         first_device: Index of the mesh's first device in this process.
 
     Raises:
@@ -42,7 +39,6 @@ def build_engine(
         params,
         config.engine,
         instance_id=instance_id,
-        kv_store=kv_store,
         mesh=make_mesh(config.sharding, jax.devices()[first_device:]),
     )
     engine.warmup(num_peers=config.rollout.instances, truncates=config.sampling.top_k > 0 or config.sampling.top_p < 1)
@@ -51,12 +47,11 @@ def build_engine(
 
 def build_local_cluster(config: RunConfig, model_config: DecoderConfig, params: Mapping[str, Any]) -> LocalCluster:
     """Build all instances in this process; they share devices when there are not enough for all."""
-    kv_store = InProcessKVStore()
     size, num_devices = num_mesh_devices(config.sharding), len(jax.devices())
     engines = []
     for i in range(config.rollout.instances):
         first = i * size if (i + 1) * size <= num_devices else 0
-        engines.append(build_engine(config, model_config, params, instance_id=i, kv_store=kv_store, first_device=first))
+        engines.append(build_engine(config, model_config, params, instance_id=i, first_device=first))
     return LocalCluster(engines)
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +9,11 @@ import numpy as np
 
 from seer_jax.core.errors import TransferError
 from seer_jax.core.packing import geometric_buckets, pick_bucket
-from seer_jax.core.types import KVHandle
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HostKV:
-    """KV pages of one request on the host.
+    """KV pages of one request on the host; what a `KVHandle` refers to inside an engine's process.
 
     Attributes:
         pages: [num_layers, num_pages, page_size, latent_width]; slots past `num_tokens` hold garbage.
@@ -28,38 +26,18 @@ class HostKV:
     policy_version: int
 
 
-@runtime_checkable
-class KVStore(Protocol):
-    """Where exported KV waits for the next chunk; any instance can read what another wrote."""
-
-    def put(self, kv: HostKV) -> Any:
-        """Keep `kv`; returns the reference that travels in a `KVHandle`."""
-        ...
-
-    def get(self, handle: KVHandle) -> HostKV:
-        """Fetch it. Raises `TransferError` when it is gone; the caller then re-prefills."""
-        ...
-
-
-class InProcessKVStore:
-    """The reference is the block itself: for instances that share a process."""
-
-    def put(self, kv: HostKV) -> HostKV:
-        """Keep `kv` alive through its handle."""
-        return kv
-
-    def get(self, handle: KVHandle) -> HostKV:
-        """Return the block."""
-        if handle.ref is None:
-            raise TransferError("the KV handle came without a block")
-        return handle.ref
-
-
 class KVTransfer:
     """Copies pages between device caches and host, at a few bucketed sizes."""
 
     def __init__(self, max_pages: int) -> None:
         self._buckets = geometric_buckets(min(4, max_pages), max_pages)
+
+    def warmup(self, caches: list[jax.Array]) -> list[jax.Array]:
+        """Compile every size by copying the garbage page to itself; returns the caches."""
+        for bucket in self._buckets:
+            pages = [0] * bucket
+            caches = self.import_pages(caches, pages, self.export_pages(caches, pages))
+        return caches
 
     def export_pages(self, caches: list[jax.Array], pages: list[int]) -> np.ndarray:
         """Copy `pages` of all layers to one host array [num_layers, num_pages, page_size, latent_width]."""

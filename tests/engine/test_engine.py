@@ -7,10 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from seer_jax.core.errors import ProtocolError, TransferError
-from seer_jax.core.types import KVHandle, SamplingParams
+from seer_jax.core.errors import ProtocolError
+from seer_jax.core.types import SamplingParams
 from seer_jax.engine.engine import Engine
-from seer_jax.engine.kv_transfer import InProcessKVStore
 from tests.engine import tiny
 
 
@@ -70,8 +69,7 @@ def test_sampling_parameters_are_honoured(sampling: SamplingParams) -> None:
 def test_chunk_continues_on_another_instance_without_prefill() -> None:
     whole = tiny.chunk(tiny.prompt(0, 9))
     tokens, _ = tiny.reference_decode(whole)
-    store = InProcessKVStore()
-    engines = [Engine(tiny.MODEL, tiny.params(), tiny.CONFIG, instance_id=i, kv_store=store) for i in range(2)]
+    engines = [Engine(tiny.MODEL, tiny.params(), tiny.CONFIG, instance_id=i) for i in range(2)]
     known, kv, got = whole.token_ids, None, []
     for index in range(4):
         engine = engines[index % 2]
@@ -85,25 +83,29 @@ def test_chunk_continues_on_another_instance_without_prefill() -> None:
     assert engines[1].status().num_prefilled_tokens == 0
 
 
-class BrokenStore(InProcessKVStore):
-    """Loses every block."""
-
-    def get(self, handle: KVHandle) -> None:
-        """Miss."""
-        raise TransferError("lost")
-
-
 def test_missing_kv_costs_a_prefill_and_no_token() -> None:
     whole = tiny.chunk(tiny.prompt(0, 9))
     tokens, _ = tiny.reference_decode(whole)
-    engine = Engine(tiny.MODEL, tiny.params(), tiny.CONFIG, kv_store=BrokenStore())
+    engine = make_engine()
     engine.submit(tiny.chunk(whole.token_ids, max_chunk=6))
     (first,) = tiny.drain(engine).values()
     known = np.concatenate([whole.token_ids, first.token_ids])
-    engine.submit(tiny.chunk(known, num_prompt=9, chunk_index=1, kv=first.kv))
+    engine.submit(tiny.chunk(known, num_prompt=9, chunk_index=1, kv=dataclasses.replace(first.kv, ref=None)))
     (second,) = tiny.drain(engine).values()
     assert [*first.token_ids, *second.token_ids] == tokens
     assert engine.status().num_reprefilled_tokens == 9 + 6 - 1
+
+
+def test_kv_of_another_layout_costs_a_prefill_and_no_token() -> None:
+    request = tiny.chunk(tiny.prompt(0, 9))
+    other = make_engine(page_size=8)
+    other.submit(tiny.chunk(request.token_ids, max_chunk=6))
+    (first,) = tiny.drain(other).values()
+    engine = make_engine()
+    engine.submit(tiny.chunk(np.concatenate([request.token_ids, first.token_ids]), num_prompt=9, kv=first.kv))
+    (second,) = tiny.drain(engine).values()
+    assert [*first.token_ids, *second.token_ids] == tiny.reference_decode(request)[0]
+    assert engine.status().num_prefilled_tokens == 9 + 6
 
 
 def test_kv_of_older_weights_is_never_used() -> None:

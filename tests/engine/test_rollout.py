@@ -12,7 +12,6 @@ from seer_jax.core.scheduling import make_policy
 from seer_jax.core.types import SamplingParams
 from seer_jax.engine.cluster import LocalCluster
 from seer_jax.engine.engine import Engine
-from seer_jax.engine.kv_transfer import InProcessKVStore
 from seer_jax.engine.rollout import RolloutResult, RolloutRunner, summarize
 from tests.engine import tiny
 
@@ -21,8 +20,7 @@ SAMPLING = SamplingParams(max_tokens=40, stop_token_ids=(1, 2), seed=5)
 
 def make_runner(policy: str = "seer", instances: int = 2, chunk_size: int = 8, num_pages: int = 64) -> RolloutRunner:
     config = dataclasses.replace(tiny.CONFIG, deterministic=True, num_pages=num_pages)
-    store = InProcessKVStore()
-    engines = [Engine(tiny.MODEL, tiny.params(), config, instance_id=i, kv_store=store) for i in range(instances)]
+    engines = [Engine(tiny.MODEL, tiny.params(), config, instance_id=i) for i in range(instances)]
     settings = RolloutConfig(chunk_size=chunk_size, prefetch_chunks=1, starvation_interval=5)
     return RolloutRunner(LocalCluster(engines), RolloutDriver(make_policy(policy, settings)))
 
