@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,12 @@ from rich.console import Console
 from seer_jax.cli.options import RolloutOptions, TrainOptions
 from seer_jax.config.presets import resolve_preset_path
 from seer_jax.config.schema import RunConfig
+from seer_jax.core.commands import Command
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.eventlog import encode_event
+from seer_jax.core.events import Event
 from seer_jax.core.scheduling import make_policy
+from seer_jax.core.types import Sample
 from seer_jax.engine.cluster import Cluster
 from seer_jax.engine.factory import build_local_cluster, enable_compilation_cache
 from seer_jax.engine.rollout import RolloutRunner
@@ -31,9 +35,11 @@ from seer_jax.sharding import MESH_AXES, shardings_for
 from seer_jax.train.learner import Learner
 from seer_jax.train.loop import TrainingRun, make_groups, make_sampling
 from seer_jax.train.tasks import make_task
+from seer_jax.train.tokenizer import decode
 from seer_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 
 EVENTS_FILE = "events.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 MODEL_DIRECTORY = "model"
 
 TABLE_FIELDS = (
@@ -87,6 +93,8 @@ def train(config: RunConfig, options: TrainOptions) -> dict[str, Any]:
 def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
     """Roll out the task's first prompts once per policy, on the same instances.
 
+    Each rollout leaves its samples and its event log in a directory of its own under `options.run_dir`.
+
     Returns:
         Figures of each rollout, see `RolloutStats`.
 
@@ -102,20 +110,42 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         display = stack.enter_context(ProgressDisplay(enabled=not options.json))
         cluster = stack.enter_context(_open_cluster(config, model_config, params))
-        for policy in options.policies:
-            with (options.run_dir / f"{policy}-{EVENTS_FILE}").open("w", encoding="utf-8") as log:
+        for index, policy in enumerate(options.policies):
+            directory = options.run_dir / f"{index}-{policy}"
+            directory.mkdir()
+            with (directory / EVENTS_FILE).open("w", encoding="utf-8") as log:
 
-                def on_event(elapsed_s: float, event: Any, commands: Any, log: Any = log) -> None:
+                def on_event(elapsed_s: float, event: Event, commands: list[Command], log: TextIO = log) -> None:
                     log.write(json.dumps(encode_event(event)) + "\n")
                     display.on_event(elapsed_s, event, commands)
 
                 driver = RolloutDriver(make_policy(policy, config.rollout))
                 result = RolloutRunner(cluster, driver, on_event=on_event).run(groups)
+            _write_samples(directory / SAMPLES_FILE, result.samples)
             runs.append({"policy": policy, **asdict(result.stats)})
     with MetricsWriter(options.run_dir / METRICS_FILE) as metrics:
         for run in runs:
             metrics.write({"kind": "rollout", **run})
     return runs
+
+
+def _write_samples(file: Path, samples: list[Sample]) -> None:
+    """One JSON object a line: prompt and response as text and tokens."""
+    with MetricsWriter(file) as writer:
+        for sample in samples:
+            writer.write(
+                {
+                    "group_id": sample.request_id.group_id,
+                    "index": sample.request_id.index,
+                    "prompt": decode(sample.prompt_token_ids),
+                    "response": decode(sample.token_ids),
+                    "finish_reason": sample.finish_reason,
+                    "num_chunks": sample.num_chunks,
+                    "prompt_token_ids": sample.prompt_token_ids.tolist(),
+                    "token_ids": sample.token_ids.tolist(),
+                    "logprobs": sample.logprobs.tolist(),
+                }
+            )
 
 
 def _load_model(config: RunConfig) -> tuple[DecoderConfig, Params]:
