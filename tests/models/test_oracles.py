@@ -97,6 +97,13 @@ def test_loss_and_gradients_equal_the_reference(case, remat):
     assert not any(np.any(grads[name]) for name in grads if name.endswith("e_score_correction_bias"))
 
 
+def test_blocks_of_queries_change_nothing(monkeypatch):
+    config, params, oracle = load_case("k2")
+    monkeypatch.setattr("seer_jax.models.mla.QUERY_BLOCK", 16)
+    logits = expanded_logits(config, params, oracle["input_ids"])
+    np.testing.assert_allclose(logits, oracle["logits"], atol=TOLERANCE, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("case", "field", "value"),
     [("k2", "rope_scaling", None), ("dsv3_grouped", "n_group", 1), ("moonlight", "norm_topk_prob", False)],
