@@ -4,6 +4,7 @@ A thread runs the engine without a pause; calls from the controller only touch q
 KV, so no Ray call sits between two decode steps. jax is imported after the process environment is set.
 """
 
+import copyreg
 import logging
 import os
 import queue
@@ -11,53 +12,65 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayError
+from ray.exceptions import RayError
 
 from seer_jax.config.schema import RunConfig, num_mesh_devices
+from seer_jax.core.errors import CapacityError, ConfigError
 from seer_jax.core.events import ChunkFinished, Event, InstanceReport
-from seer_jax.core.types import InstanceInfo, KVHandle, RequestChunk
+from seer_jax.core.types import InstanceInfo, RequestChunk
 
 REPORT_INTERVAL_S = 0.5
 POLL_TIMEOUT_S = 5.0
 FETCH_TIMEOUT_S = 10.0
 
+for _kind in (ConfigError, CapacityError):
+    # By default an exception is unpickled from its message alone, and these take other arguments.
+    copyreg.pickle(_kind, lambda error: (copyreg.__newobj__, (type(error), *error.args), vars(error)))
+
 
 class InstanceActor:
     """Owns an engine; `send` and `start_iteration` feed it, `poll` returns what happened.
 
-    `ray_cluster` makes it an actor, with one thread for each of these calls.
+    `ray_cluster` makes it an actor, whose calls run on a shared pool of three threads.
     """
 
-    def __init__(
-        self, instance_id: int, model_config: Any, params: Mapping[str, Any], config: RunConfig, cores: Sequence[int]
-    ) -> None:
+    def start(
+        self, instance_id: int, model_config: Any, params: Mapping[str, Any], config: RunConfig, on_cpu: bool
+    ) -> InstanceInfo:
         """Build the engine and compile its programs.
+
+        Not the constructor: what a call raises reaches the caller as itself, what a constructor raises does not.
 
         Args:
             instance_id: Name in events.
             model_config: The decoder's `DecoderConfig`.
             params: Weights as host arrays.
             config: The run.
-            cores: CPU cores for this process, which then computes on the CPU; empty = an accelerator's instance.
+            on_cpu: Compute on this instance's share of the cores instead of an accelerator.
+
+        Returns:
+            Capacity of the engine.
+
+        Raises:
+            ConfigError: If the mesh does not fit the devices or the model.
         """
-        if cores:
+        if on_cpu:
             # XLA reads all of this when its client starts; it sizes its thread pool by the affinity.
-            os.sched_setaffinity(0, cores)
+            os.sched_setaffinity(0, _share_of_cores(instance_id, config.rollout.instances))
             os.environ["JAX_PLATFORMS"] = "cpu"
-            os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={num_mesh_devices(config.sharding)}"
+            num_devices = f"--xla_force_host_platform_device_count={num_mesh_devices(config.sharding)}"
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {num_devices}"
         from seer_jax.engine.factory import build_engine
 
         self._engine = build_engine(config, model_config, params, instance_id=instance_id)
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._publisher = ThreadPoolExecutor(1, "publisher")
+        self._transfers = ThreadPoolExecutor(2, "transfers")
         self._thread = ThreadPoolExecutor(1, "engine").submit(self._serve)
-
-    def info(self) -> InstanceInfo:
-        """Capacity; answers once the engine is ready."""
         return self._engine.info
 
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
@@ -74,10 +87,12 @@ class InstanceActor:
             self._thread.result()
 
     def send(self, chunks: Sequence[RequestChunk]) -> None:
-        """Fetch the KV of chunks, then queue them; the engine runs on meanwhile."""
+        """Queue chunks, those with KV as soon as it is fetched; the engine runs on meanwhile."""
         for chunk in chunks:
-            fetched = chunk if chunk.kv is None else replace(chunk, kv=_fetch(chunk.kv))
-            self._inbox.put(lambda chunk=fetched: self._engine.submit(chunk))
+            if chunk.kv is None:
+                self._inbox.put(partial(self._engine.submit, chunk))
+            else:
+                self._transfer(self._fetch, chunk)
 
     def poll(self) -> list[Event]:
         """Wait for events, at most `POLL_TIMEOUT_S`; raises what the engine raised."""
@@ -97,14 +112,29 @@ class InstanceActor:
             while not engine.has_work or not self._inbox.empty():
                 self._inbox.get()()
             finished = engine.step()
+            if finished or time.monotonic() - reported > REPORT_INTERVAL_S:
+                # Before the chunks it counts: the last chunk ends the iteration, and a later report would leak into
+                # the next one.
+                reported = time.monotonic()
+                self._outbox.put(InstanceReport(status=engine.status()))
             for event in finished:
                 if event.kv is None:
                     self._outbox.put(event)
                 else:
-                    self._publisher.submit(self._publish, event)
-            if finished or time.monotonic() - reported > REPORT_INTERVAL_S:
-                reported = time.monotonic()
-                self._outbox.put(InstanceReport(status=engine.status()))
+                    self._transfer(self._publish, event)
+
+    def _transfer(self, move: Callable[[Any], None], item: RequestChunk | ChunkFinished) -> None:
+        """Run `move(item)` on a transfer thread; what it raises, the engine's thread raises again for `poll`."""
+        self._transfers.submit(move, item).add_done_callback(lambda done: self._inbox.put(done.result))
+
+    def _fetch(self, chunk: RequestChunk) -> None:
+        """Get the KV out of Ray's object store, then queue the chunk; without KV if the block died with its writer."""
+        try:
+            kv = replace(chunk.kv, ref=ray.get(chunk.kv.ref, timeout=FETCH_TIMEOUT_S))
+        except RayError as error:
+            logging.warning("KV of %s is lost and will be computed again: %s", chunk.request_id, error)
+            kv = None
+        self._inbox.put(partial(self._engine.submit, replace(chunk, kv=kv)))
 
     def _publish(self, event: ChunkFinished) -> None:
         """Put the KV of a paused request where any instance can fetch it, then report the chunk."""
@@ -116,9 +146,9 @@ class InstanceActor:
         self._outbox.put(replace(event, kv=kv))
 
 
-def _fetch(handle: KVHandle) -> KVHandle | None:
-    """Resolve a reference into Ray's object store; None if the block died with the instance that wrote it."""
-    try:
-        return replace(handle, ref=ray.get(handle.ref, timeout=FETCH_TIMEOUT_S))
-    except (ObjectLostError, GetTimeoutError):
-        return None
+def _share_of_cores(instance_id: int, num_instances: int) -> list[int]:
+    """An equal share of this machine's cores, disjoint while there are enough of them."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // num_instances)
+    first = instance_id * share % len(cores)
+    return cores[first : first + share]

@@ -3,16 +3,21 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from seer_jax.config.schema import RunConfig, num_mesh_devices
-from seer_jax.core.errors import ConfigError
+from seer_jax.core.errors import ConfigError, InstanceLostError, SeerError
 from seer_jax.core.events import Event, InstanceLost
 from seer_jax.core.types import InstanceInfo, RequestChunk
 from seer_jax.distributed.instance_actor import InstanceActor
+
+JAX_PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
+"""Modules of which one must be installed for JAX to use the accelerator."""
 
 
 class RayCluster:
@@ -25,26 +30,41 @@ class RayCluster:
             config: The run; `rollout.instances` actors are started.
             model_config: The decoder's `DecoderConfig`.
             params: Weights as host arrays; travel once through the object store.
+
+        Raises:
+            ConfigError: If the cluster cannot hold the instances, or an engine cannot be built.
         """
         self._owns_ray = not ray.is_initialized()
-        if self._owns_ray:
-            start_ray()
-        num_instances = config.rollout.instances
-        platform = _platform()
-        _check_resources(platform, config)
-        weights = ray.put(params)
-        actor_class = ray.remote(InstanceActor).options(max_concurrency=3, **_resources(platform, config))
         self._actors: dict[int, Any] = {}
-        for i in range(num_instances):
-            cores = _share_of_cores(i, num_instances) if platform == "cpu" else ()
-            self._actors[i] = actor_class.remote(i, model_config, weights, config, cores)
-        self.infos: list[InstanceInfo] = ray.get([actor.info.remote() for actor in self._actors.values()])
-        self._polls = {actor.poll.remote(): i for i, actor in self._actors.items()}
+        self._polls: dict[Any, int] = {}
+        with ExitStack() as on_failure:
+            on_failure.callback(self.close)
+            if self._owns_ray:
+                start_ray()
+            platform = _platform()
+            _check_resources(platform, config)
+            weights = ray.put(params)
+            actor_class = ray.remote(InstanceActor).options(max_concurrency=3, **_resources(platform, config))
+            self._actors.update((i, actor_class.remote()) for i in range(config.rollout.instances))
+            self.infos = _get_infos(
+                [
+                    actor.start.remote(i, model_config, weights, config, platform == "cpu")
+                    for i, actor in self._actors.items()
+                ]
+            )
+            self._polls.update((actor.poll.remote(), i) for i, actor in self._actors.items())
+            on_failure.pop_all()
 
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
         """See `Cluster`. Weights go to the object store once, every node fetches them once."""
         weights = None if params is None else ray.put(params)
-        ray.get([actor.start_iteration.remote(policy_version, weights) for actor in self._actors.values()])
+        started = {i: actor.start_iteration.remote(policy_version, weights) for i, actor in self._actors.items()}
+        for instance_id, ref in started.items():
+            try:
+                ray.get(ref)
+            except RayActorError:
+                # Dead, or out of reach and then without these weights; its poll fails, and `wait` reports the loss.
+                ray.kill(self._actors[instance_id])
 
     def send(self, chunks: Mapping[int, Sequence[RequestChunk]]) -> None:
         """See `Cluster`. Chunks sent to an instance that just died are reported lost with it."""
@@ -53,18 +73,22 @@ class RayCluster:
                 self._actors[instance_id].send.remote(batch)
 
     def wait(self) -> list[Event]:
-        """See `Cluster`. A dead actor yields `InstanceLost`."""
-        ready, _ = ray.wait(list(self._polls), num_returns=1)
-        events: list[Event] = []
-        for ref in ready:
-            instance_id = self._polls.pop(ref)
-            try:
-                events += ray.get(ref)
-            except RayActorError:
-                del self._actors[instance_id]
-                events.append(InstanceLost(instance_id=instance_id))
-            else:
-                self._polls[self._actors[instance_id].poll.remote()] = instance_id
+        """See `Cluster`. A dead actor, or one whose events are lost, yields `InstanceLost`.
+
+        Raises:
+            InstanceLostError: If the loss of every instance has been reported already.
+        """
+        if not self._polls:
+            raise InstanceLostError("all instances are lost")
+        (ref,), _ = ray.wait(list(self._polls), num_returns=1)
+        instance_id = self._polls.pop(ref)
+        try:
+            events = ray.get(ref)
+        except (RayActorError, ObjectLostError):
+            ray.kill(self._actors.pop(instance_id))
+            self.infos = [info for info in self.infos if info.instance_id != instance_id]
+            return [InstanceLost(instance_id=instance_id)]
+        self._polls[self._actors[instance_id].poll.remote()] = instance_id
         return events
 
     def close(self) -> None:
@@ -78,25 +102,43 @@ class RayCluster:
 
 
 def start_ray() -> None:
-    """Join the cluster that `RAY_ADDRESS` names, else start Ray on this machine."""
+    """Join the cluster at `RAY_ADDRESS`, else one that runs on this machine already, else start Ray here."""
     ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=True)
 
 
+def _get_infos(started: Sequence[Any]) -> list[InstanceInfo]:
+    """Wait until every engine is ready; raises our errors as themselves, not wrapped in Ray's."""
+    try:
+        return ray.get(list(started))
+    except RayTaskError as error:
+        if isinstance(error.cause, SeerError):
+            raise error.cause from error
+        raise
+
+
 def _platform() -> str:
-    """What the actors run on: the accelerators that Ray's nodes report, unless JAX is told to use the CPU."""
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        return "cpu"
-    return next((name.lower() for name in ("TPU", "GPU") if ray.cluster_resources().get(name, 0) >= 1), "cpu")
+    """What the actors run on: an accelerator that Ray's nodes report and the JAX installed here can use, else the CPU.
+
+    `JAX_PLATFORMS=cpu` forces the CPU.
+    """
+    if os.environ.get("JAX_PLATFORMS") != "cpu":
+        for platform, plugins in JAX_PLUGINS.items():
+            if ray.cluster_resources().get(platform.upper(), 0) >= 1 and any(map(find_spec, plugins)):
+                return platform
+    return "cpu"
 
 
 def _check_resources(platform: str, config: RunConfig) -> None:
-    """Refuse instances that Ray could never place: it would wait for ever."""
+    """Refuse instances that the nodes could not hold even when idle, each on one node: Ray would wait for ever."""
+    if platform == "cpu":
+        return
     size, name = num_mesh_devices(config.sharding), platform.upper()
-    available = int(ray.cluster_resources().get(name, 0))
-    if platform != "cpu" and config.rollout.instances * size > available:
+    per_node = [int(node["Resources"].get(name, 0)) for node in ray.nodes() if node["Alive"]]
+    num_fitting = sum(available // size for available in per_node)
+    if config.rollout.instances > num_fitting:
         raise ConfigError(
-            "rollout.instances",
-            f"{config.rollout.instances} instances of {size} {name}s need more than the cluster's {available}",
+            "rollout.instances" if num_fitting else "sharding",
+            f"{config.rollout.instances} instances of {size} {name}s, each on one node, do not fit nodes of {per_node}",
             "lower rollout.instances or an axis of sharding",
         )
 
@@ -111,11 +153,3 @@ def _resources(platform: str, config: RunConfig) -> dict[str, Any]:
             return {"resources": {"TPU": num_devices}}
         case _:
             return {"num_cpus": min(1.0, ray.cluster_resources().get("CPU", 1.0) / config.rollout.instances)}
-
-
-def _share_of_cores(instance_id: int, num_instances: int) -> list[int]:
-    """An equal share of this machine's cores, disjoint while there are enough of them."""
-    cores = sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // num_instances)
-    first = instance_id * share % len(cores)
-    return cores[first : first + share]

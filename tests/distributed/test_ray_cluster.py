@@ -1,16 +1,22 @@
 """Instances as Ray actors: the tokens of the in-process run, also when an instance is killed."""
 
 import dataclasses
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 
 import pytest
 import ray
 
-from seer_jax.config.schema import RolloutConfig, RunConfig
+from seer_jax.config.schema import RolloutConfig, RunConfig, ShardingConfig
+from seer_jax.core.commands import Command
 from seer_jax.core.driver import RolloutDriver
-from seer_jax.core.errors import InstanceLostError, ProtocolError
+from seer_jax.core.errors import CapacityError, ConfigError, InstanceLostError, ProtocolError, SeerError
+from seer_jax.core.events import Event, InstanceLost, InstanceReport
 from seer_jax.core.scheduling import make_policy
-from seer_jax.core.types import RequestChunk, SamplingParams
+from seer_jax.core.types import KVHandle, RequestChunk, SamplingParams
+from seer_jax.distributed import ray_cluster
+from seer_jax.distributed.instance_actor import InstanceActor
 from seer_jax.distributed.ray_cluster import RayCluster, start_ray
 from seer_jax.engine.factory import build_local_cluster
 from seer_jax.engine.rollout import RolloutResult, RolloutRunner
@@ -44,17 +50,107 @@ def make_driver() -> RolloutDriver:
 
 
 def test_actors_give_the_tokens_of_the_in_process_run_and_take_new_weights(expected: RolloutResult) -> None:
+    generated: dict[int, int] = {}
+
+    def note(_: float, event: Event, __: Sequence[Command]) -> None:
+        if isinstance(event, InstanceReport):
+            generated[event.status.instance_id] = event.status.num_generated_tokens
+
     cluster = RayCluster(CONFIG, tiny.MODEL, tiny.params())
-    runner = RolloutRunner(cluster, make_driver())
+    runner = RolloutRunner(cluster, make_driver(), on_event=note)
     result = runner.run(tiny.groups(3, 4, SAMPLING))
     assert result.stats.output_sha256 == expected.stats.output_sha256
     assert result.stats.reprefilled_tokens == 0 and result.stats.num_chunks > 12
+    assert sum(generated.values()) == result.stats.generated_tokens
+    generated.clear()
     updated = runner.run(tiny.groups(3, 4, SAMPLING), policy_version=1, get_params=lambda: tiny.params(1))
     assert updated.stats.output_sha256 != expected.stats.output_sha256
+    assert sum(generated.values()) == updated.stats.generated_tokens
     back = runner.run(tiny.groups(3, 4, SAMPLING), policy_version=2, get_params=tiny.params)
     assert back.stats.output_sha256 == expected.stats.output_sha256
     assert {sample.policy_version for sample in back.samples} == {2}
     runner.close()
+
+
+def test_figures_are_those_of_the_in_process_run() -> None:
+    config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, instances=1))
+    cluster = RayCluster(config, tiny.MODEL, tiny.params())
+    runner = RolloutRunner(cluster, make_driver())
+    local = RolloutRunner(build_local_cluster(config, tiny.MODEL, tiny.params()), make_driver())
+    for num_groups in (3, 2):  # The second run shows figures that leak out of the first.
+        stats, expected = (r.run(tiny.groups(num_groups, 4, SAMPLING)).stats for r in (runner, local))
+        for field in ("output_sha256", "generated_tokens", "prefilled_tokens", "num_preemptions", "num_chunks"):
+            assert getattr(stats, field) == getattr(expected, field), field
+        assert stats.prefilled_tokens > 0
+    runner.close()
+
+
+def test_instance_killed_between_two_runs_loses_no_token(expected: RolloutResult) -> None:
+    cluster = RayCluster(CONFIG, tiny.MODEL, tiny.params())
+    runner = RolloutRunner(cluster, make_driver())
+    runner.run(tiny.groups(3, 4, SAMPLING))
+    ray.kill(cluster._actors[0])
+    result = runner.run(tiny.groups(3, 4, SAMPLING), policy_version=1, get_params=tiny.params)
+    assert result.stats.output_sha256 == expected.stats.output_sha256
+    assert list(cluster._actors) == [info.instance_id for info in cluster.infos] == [1]
+    ray.kill(cluster._actors[1])
+    cluster.start_iteration(2, None)
+    assert cluster.wait() == [InstanceLost(instance_id=1)]
+    with pytest.raises(InstanceLostError, match="all instances are lost"):
+        cluster.wait()
+    runner.close()
+
+
+def test_engine_that_cannot_be_built_is_our_error_and_leaves_no_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    monkeypatch.setattr(RayCluster, "close", lambda self, close=RayCluster.close: closed.append(close(self)))
+    config = dataclasses.replace(CONFIG, sharding=ShardingConfig(tensor=3))
+    with pytest.raises(ConfigError, match="sharding.tensor") as info:
+        RayCluster(config, tiny.MODEL, tiny.params())
+    assert type(info.value) is ConfigError and info.value.path == "sharding.tensor"
+    assert len(closed) == 1
+
+
+@pytest.mark.parametrize("error", [ConfigError("a.b", "wrong", "fix it"), CapacityError("a request", 5, 3, "pages")])
+def test_errors_keep_their_fields_between_processes(error: SeerError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
+
+
+def test_instance_that_no_node_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"Alive": True, "Resources": {"GPU": 4.0}}] * 2 + [{"Alive": False, "Resources": {"GPU": 8.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+
+    def check(instances: int, tensor: int) -> None:
+        ray_cluster._check_resources(
+            "gpu", RunConfig(rollout=RolloutConfig(instances=instances), sharding=ShardingConfig(tensor=tensor))
+        )
+
+    check(4, 2)
+    check(2, 3)
+    with pytest.raises(ConfigError, match="rollout.instances: 3 instances of 3 GPUs"):
+        check(3, 3)
+    with pytest.raises(ConfigError, match="sharding: 1 instances of 8 GPUs"):
+        check(1, 8)
+
+
+@pytest.mark.parametrize(
+    ("resources", "installed", "jax_platforms", "platform"),
+    [
+        ({"GPU": 1.0}, {"jax_cuda12_plugin"}, "", "gpu"),
+        ({"GPU": 1.0}, {"libtpu"}, "", "cpu"),
+        ({"GPU": 1.0}, {"jax_cuda13_plugin"}, "cpu", "cpu"),
+        ({"TPU": 4.0}, {"libtpu"}, "", "tpu"),
+        ({"CPU": 8.0}, {"libtpu", "jax_cuda13_plugin"}, "", "cpu"),
+    ],
+)
+def test_accelerator_counts_only_if_ray_reports_it_and_jax_can_use_it(
+    monkeypatch: pytest.MonkeyPatch, resources: dict[str, float], installed: set[str], jax_platforms: str, platform: str
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(ray_cluster, "find_spec", lambda name: SimpleNamespace() if name in installed else None)
+    monkeypatch.setenv("JAX_PLATFORMS", jax_platforms)
+    assert ray_cluster._platform() == platform
 
 
 class KillingCluster(RayCluster):
@@ -71,7 +167,7 @@ class KillingCluster(RayCluster):
 def test_killed_instance_loses_no_token(expected: RolloutResult) -> None:
     cluster = KillingCluster(CONFIG, tiny.MODEL, tiny.params())
     result = RolloutRunner(cluster, make_driver()).run(tiny.groups(3, 4, SAMPLING))
-    assert list(cluster._actors) == [1]
+    assert list(cluster._actors) == [info.instance_id for info in cluster.infos] == [1]
     assert result.stats.output_sha256 == expected.stats.output_sha256
     cluster.close()
 
@@ -89,6 +185,25 @@ def test_error_inside_the_engine_thread_reaches_the_caller() -> None:
     cluster = RayCluster(config, tiny.MODEL, tiny.params())
     cluster.send({0: [tiny.chunk(tiny.prompt(0, 4), policy_version=9)]})
     with pytest.raises(ProtocolError, match="policy version 9"):
+        while True:
+            cluster.wait()
+    cluster.close()
+
+
+class BrokenTransfer(InstanceActor):
+    """An instance whose KV fetches fail in a way that nobody foresaw."""
+
+    def _fetch(self, chunk: RequestChunk) -> None:
+        raise ZeroDivisionError(str(chunk.request_id))
+
+
+def test_unexpected_error_of_a_transfer_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "InstanceActor", BrokenTransfer)
+    config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, instances=1))
+    cluster = RayCluster(config, tiny.MODEL, tiny.params())
+    kv = KVHandle(num_tokens=3, policy_version=0, ref=ray.put(None))
+    cluster.send({0: [tiny.chunk(tiny.prompt(0, 4), kv=kv)]})
+    with pytest.raises(ZeroDivisionError):
         while True:
             cluster.wait()
     cluster.close()
