@@ -105,7 +105,7 @@ def test_engine_that_cannot_be_built_is_our_error_and_leaves_no_actor(monkeypatc
     closed = []
     monkeypatch.setattr(RayCluster, "close", lambda self, close=RayCluster.close: closed.append(close(self)))
     config = dataclasses.replace(CONFIG, sharding=ShardingConfig(tensor=3))
-    with pytest.raises(ConfigError, match="sharding.tensor") as info:
+    with pytest.raises(ConfigError, match=r"sharding\.tensor") as info:
         RayCluster(config, tiny.MODEL, tiny.params())
     assert type(info.value) is ConfigError and info.value.path == "sharding.tensor"
     assert len(closed) == 1
@@ -128,7 +128,7 @@ def test_instance_that_no_node_can_hold_is_refused(monkeypatch: pytest.MonkeyPat
 
     check(4, 2)
     check(2, 3)
-    with pytest.raises(ConfigError, match="rollout.instances: 3 instances of 3 GPUs"):
+    with pytest.raises(ConfigError, match=r"rollout\.instances: 3 instances of 3 GPUs"):
         check(3, 3)
     with pytest.raises(ConfigError, match="sharding: 1 instances of 8 GPUs"):
         check(1, 8)
