@@ -143,6 +143,8 @@ def _keep_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         metavar = "{" + ",".join(get_args(info.type)) + "}"
     elif alternatives[0] in (int, float, str):
         metavar = "|".join("null" if a is types.NoneType else a.__name__.upper() for a in alternatives)
+    elif info.type == tuple[int, ...]:
+        metavar = "INT ..."
     else:
         return None
     return PrimitiveConstructorSpec(
@@ -150,8 +152,14 @@ def _keep_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         metavar=metavar,
         instance_from_str=lambda words: CommandLineText(" ".join(words)),
         is_instance=lambda value: True,
-        str_from_instance=lambda value: ["null" if value is None else str(value)],
+        str_from_instance=_to_text,
     )
+
+
+def _to_text(value: Any) -> list[str]:
+    if isinstance(value, tuple):
+        return [str(list(value))]
+    return ["null" if value is None else str(value)]
 
 
 def _load_resumed(run_dir: str, config: str | None) -> RunConfig:

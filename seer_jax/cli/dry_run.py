@@ -21,7 +21,7 @@ def print_dry_run(config: RunConfig, *, json: bool) -> None:
         json: Whether to print one JSON object instead.
 
     Raises:
-        ConfigError: If the task, its data or the model's `config.json` is unusable.
+        ConfigError: If the task, its data or the model's `config.json` is unusable, or they do not fit together.
     """
     plan = make_plan(config)
     if json:
@@ -41,14 +41,19 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         Instances, requests, pages and bytes, ready to print.
 
     Raises:
-        ConfigError: If the task, its data or the model's `config.json` is unusable.
+        ConfigError: If the task, its data or the model's `config.json` is unusable, or they do not fit together.
     """
-    # These two import jax, which parsing and checking the arguments must not wait for.
+    # These import jax, which parsing and checking the arguments must not wait for.
+    from seer_jax.models.specs import decoder_specs
+    from seer_jax.sharding import check_divisible
+    from seer_jax.train.checks import check_task, stop_token_ids
     from seer_jax.train.tasks import make_task
     from seer_jax.weights.checkpoint import load_config
 
-    make_task(config.data)
+    task = make_task(config.data)
     model = load_config(resolve_preset_path(config.model.path))
+    check_task(task, config, model)
+    check_divisible(config.sharding, decoder_specs(model, config.model.dtype))
     rollout, engine = config.rollout, config.engine
     kv_bytes_per_token = model.num_hidden_layers * model.latent_width * BYTES_PER_VALUE[config.model.dtype]
     return {
@@ -58,6 +63,8 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "policy": rollout.policy,
         "requests_per_iteration": rollout.num_groups * rollout.group_size,
         "chunks_per_request_max": math.ceil(config.sampling.max_tokens / rollout.chunk_size),
+        "prompt_tokens_max": task.max_prompt_tokens,
+        "stop_token_ids": stop_token_ids(config, model),
         "pages_per_instance": engine.num_pages,
         "kv_tokens_per_instance": (engine.num_pages - 1) * engine.page_size,
         "kv_bytes_per_token": kv_bytes_per_token,

@@ -19,7 +19,14 @@ T = TypeVar("T")
 _NUMBER_THAT_YAML_READS_AS_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 """YAML 1.1, and so PyYAML, wants `1.0e-4`; everybody writes `1e-4`."""
 
-_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+_TYPE_NAMES = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    types.NoneType: "null",
+    tuple[int, ...]: "a list of integers",
+}
 
 
 class CommandLineText(str):
@@ -84,6 +91,9 @@ def _decode_value(hint: Any, value: Any, old: Any, path: str, where: str) -> Any
                 return float(value)
             if isinstance(value, str) and _NUMBER_THAT_YAML_READS_AS_TEXT.fullmatch(value):
                 return float(value)
+        elif alternative == tuple[int, ...]:
+            if isinstance(value, list | tuple) and all(type(item) is int for item in value):
+                return tuple(value)
         elif type(value) is alternative:
             return value
     if get_origin(hint) is Literal:
@@ -94,11 +104,16 @@ def _decode_value(hint: Any, value: Any, old: Any, path: str, where: str) -> Any
 
 
 def _read_text(text: str, alternatives: tuple[Any, ...]) -> Any:
-    """Read what was typed as YAML would, except that a text field takes it as it stands."""
+    """Read what was typed as YAML would, except that a text field takes it as it stands.
+
+    A list needs no brackets.
+    """
     if types.NoneType in alternatives and text in ("null", "None"):
         return None
     if str in alternatives or any(get_origin(alternative) is Literal for alternative in alternatives):
         return str(text)
+    if tuple[int, ...] in alternatives and not text.startswith("["):
+        text = f"[{', '.join(text.replace(',', ' ').split())}]"
     if not text:
         return ""
     try:

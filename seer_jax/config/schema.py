@@ -26,7 +26,8 @@ class DataConfig:
     path: str | None = None
     """JSONL file for `task: jsonl`: a line has `prompt` (text) or `prompt_token_ids`, plus what the reward needs."""
     reward: str | None = None
-    """`package.module:function(prompt: str, response: str, record: dict) -> float`; None takes the task's own."""
+    """`package.module:function(prompt: str, response: str, record: dict) -> float`; None takes the task's own. The
+    record is the line read, plus `prompt_token_ids` and `response_token_ids`."""
     heldout_prompts: int = 96
     """Prompts kept for measuring the reward before and after; never trained on."""
 
@@ -43,6 +44,8 @@ class SamplingConfig:
     """Nucleus mass kept; training needs 1."""
     top_k: int = 0
     """Likeliest tokens kept, 0 = all; training needs 0."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response, 4 at most; none takes the model's `eos_token_id`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from seer_jax.core.errors import CapacityError, ConfigError, InstanceLostError, 
 from seer_jax.core.events import ChunkFinished
 from seer_jax.core.kv.page_pool import pages_for_tokens
 from seer_jax.core.placement import InstanceLoad
-from seer_jax.core.types import RequestChunk, RolloutGroup
+from seer_jax.core.types import MAX_STOP_TOKENS, RequestChunk, RolloutGroup
 
 
 def check_groups(groups: Sequence[RolloutGroup], loads: Sequence[InstanceLoad]) -> None:
@@ -17,7 +17,8 @@ def check_groups(groups: Sequence[RolloutGroup], loads: Sequence[InstanceLoad]) 
         loads: Live instances.
 
     Raises:
-        ConfigError: There are no groups, or one of them is empty or longer than every instance's `max_model_len`.
+        ConfigError: There are no groups, or one of them is empty, longer than every instance's `max_model_len` or
+            has too many stop tokens.
         CapacityError: A request can never fit in the pages of any instance.
         InstanceLostError: There is no instance.
         ProtocolError: Two groups have the same id.
@@ -42,6 +43,8 @@ def _check_group(group: RolloutGroup, loads: Sequence[InstanceLoad]) -> None:
         raise ConfigError("rollout.group_size", f"is {group.group_size}", "at least 1")
     if max_tokens < 1:
         raise ConfigError("sampling.max_tokens", f"is {max_tokens}", "at least 1")
+    if (num_stops := len(group.sampling.stop_token_ids)) > MAX_STOP_TOKENS:
+        raise ConfigError("sampling.stop_token_ids", f"are {num_stops} tokens", f"at most {MAX_STOP_TOKENS}")
     total = num_prompt_tokens + max_tokens
     needs = f"group {group.group_id}: prompt {num_prompt_tokens} + sampling.max_tokens {max_tokens} = {total} tokens"
     max_model_len = max(load.info.max_model_len for load in loads)
@@ -86,5 +89,6 @@ def check_chunk_result(event: ChunkFinished, chunk: RequestChunk) -> None:
         raise ProtocolError(
             f"{name} ended with {event.finish_reason!r} at {num_tokens} of {chunk.max_total_tokens} tokens"
         )
-    if event.kv is not None and event.kv.num_tokens > num_tokens:
-        raise ProtocolError(f"{name} has KV of {event.kv.num_tokens} tokens, but only {num_tokens} tokens exist")
+    # The last token is sampled but not yet computed: with its KV, too, the next chunk would have nothing to start from.
+    if event.kv is not None and event.kv.num_tokens >= num_tokens:
+        raise ProtocolError(f"{name} has KV of {event.kv.num_tokens} tokens, at most {num_tokens - 1} can be computed")

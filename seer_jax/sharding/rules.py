@@ -6,7 +6,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from seer_jax.config.schema import ShardingConfig
 from seer_jax.core.errors import ConfigError
+from seer_jax.sharding.mesh import MESH_AXES
 
 
 @runtime_checkable
@@ -80,3 +82,16 @@ def shardings_for(specs: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules | 
         return NamedSharding(mesh, partition)
 
     return jax.tree.map(sharding, specs)
+
+
+def check_divisible(config: ShardingConfig, specs: Any) -> None:
+    """Check that a model can be divided over a mesh, without its devices.
+
+    Args:
+        config: Size of each axis, at least 1.
+        specs: Tree of parameter declarations.
+
+    Raises:
+        ConfigError: As `shardings_for`.
+    """
+    shardings_for(specs, AbstractMesh(tuple(getattr(config, axis) for axis in MESH_AXES), MESH_AXES))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32
 
-from seer_jax.core.types import RequestId, Sample
-from seer_jax.train.tasks.task import Prompt, Task
+from seer_jax.core.types import RequestId, Sample, TokenIds
+from seer_jax.train.tasks.task import Prompt, RewardFunction, Task
 from seer_jax.train.tokenizer import decode
 
 
@@ -32,7 +32,7 @@ def compute_rewards(
     """Judge every sample, one after the other in this process.
 
     Args:
-        task: Judges a response.
+        task: Gives the reward function.
         prompts: The prompt of every group id.
         samples: Finished responses, in any order.
 
@@ -45,7 +45,7 @@ def compute_rewards(
     for i, sample in enumerate(samples):
         prompt = prompts[sample.request_id.group_id]
         try:
-            reward = task.reward(prompt, decode(sample.token_ids))
+            reward = judge(task.reward_function, prompt, sample.token_ids)
         # The function is the user's: whatever it raises is a result to report, not a state of ours to unwind.
         except Exception:
             failures.append(RewardFailure(request_id=sample.request_id, error=traceback.format_exc()))
@@ -56,3 +56,29 @@ def compute_rewards(
             error = f"the reward function returned {reward}, not a finite number"
             failures.append(RewardFailure(request_id=sample.request_id, error=error))
     return rewards, tuple(failures)
+
+
+def judge(reward_function: RewardFunction, prompt: Prompt, response_token_ids: TokenIds) -> float:
+    """Call a reward function.
+
+    It gets the response as text, as the byte tokenizer reads it, and a record of its own: the prompt's, plus
+    `prompt_token_ids` and `response_token_ids` (lists of ints, the stop token included), to be decoded by the
+    function if the model has another tokenizer. They take the place of fields of the same name.
+
+    Args:
+        reward_function: Judges a response.
+        prompt: The prompt.
+        response_token_ids: int32 [num_tokens], stop token included.
+
+    Returns:
+        What the function returned, as a float.
+
+    Raises:
+        Exception: Whatever the function raises, and if it returned no number.
+    """
+    record = {
+        **prompt.record,
+        "prompt_token_ids": prompt.token_ids.tolist(),
+        "response_token_ids": response_token_ids.tolist(),
+    }
+    return float(reward_function(prompt.text, decode(response_token_ids), record))

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int32
 
+from seer_jax.core.errors import ConfigError
+from seer_jax.models.config import DecoderConfig
+
 BOS_ID = 256
 EOS_ID = 257
 PAD_ID = 258
@@ -44,3 +47,22 @@ def decode(token_ids: Sequence[int] | np.ndarray) -> str:
         The text.
     """
     return bytes(int(i) for i in token_ids if 0 <= i < BOS_ID).decode(errors="replace")
+
+
+def check_model_reads_bytes(model: DecoderConfig, setting: str) -> None:
+    """Refuse to give byte-tokenized text to a model that was trained on other tokens.
+
+    Args:
+        model: The model; one trained on bytes ends its texts with `EOS_ID`.
+        setting: The setting that the text comes from, for the error.
+
+    Raises:
+        ConfigError: If the model has another tokenizer.
+    """
+    if EOS_ID not in model.eos_token_id or model.vocab_size < NUM_TOKENS:
+        raise ConfigError(
+            setting,
+            f"gives text, which is byte-tokenized and ends with token {EOS_ID}, but the model has another tokenizer: "
+            f"vocab_size {model.vocab_size}, eos_token_id {list(model.eos_token_id)}",
+            "use data.task=jsonl with prompt_token_ids and a reward that reads record['response_token_ids']",
+        )

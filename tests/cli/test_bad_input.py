@@ -19,7 +19,7 @@ BAD_INPUT = [
     (["train", "--chunk-size=32"], "--chunk-size: unknown option (did you mean --rollout.chunk-size?)"),
     (
         ["train", "--rollout.chunk-size", "many"],
-        "rollout.chunk_size: expected an integer, got 'many' (for example 128)",
+        "rollout.chunk_size: expected an integer, got 'many' (for example 64)",
     ),
     (["train", "--rollout.chunk-size"], "rollout.chunk_size: expected an integer, got ''"),
     (["train", "--rollout.chunk-size", "0"], "rollout.chunk_size: is 0 (give at least 1)"),
@@ -34,6 +34,13 @@ BAD_INPUT = [
     (["rollout", "--compare", "seer,fifo"], "compare: no policy 'fifo' (one of group_round_robin, seer)"),
     (["rollout", "--dry-run", "--data.task", "chain_sm"], "data.task: no task 'chain_sm'"),
     (["rollout", "--dry-run", "--model.path", "nothing"], "model.path: nothing/config.json does not exist"),
+    (
+        ["rollout", "--dry-run", "--sampling.max-tokens", "400"],
+        "engine.max_model_len: is 544, but the longest prompt 158 + sampling.max_tokens 400 = 558",
+    ),
+    (["rollout", "--dry-run", "--sharding.tensor", "3"], "sharding.tensor: 3 does not divide the model's"),
+    (["rollout", "--dry-run", "--sampling.stop-token-ids", "257,999"], "sampling.stop_token_ids: 999 is outside"),
+    (["rollout", "--sampling.stop-token-ids", "1", "x"], "sampling.stop_token_ids: expected a list of integers"),
     (["config", "show"], "config show: cannot take 'nothing'"),
     (["config", "shw"], "config: unknown action 'shw' (did you mean show?)"),
     (["doctor", "--jsn"], "--jsn: unknown option (did you mean --json?)"),

@@ -43,7 +43,7 @@ def jobs(monkeypatch, tmp_path):
 def model_dir(tmp_path) -> Path:
     """A directory with a `config.json` of 3 layers that keep 16 + 8 values per token."""
     shape = DecoderConfig(
-        vocab_size=64,
+        vocab_size=264,
         hidden_size=32,
         intermediate_size=64,
         moe_intermediate_size=32,
@@ -57,6 +57,7 @@ def model_dir(tmp_path) -> Path:
         n_routed_experts=4,
         num_experts_per_tok=2,
         n_shared_experts=1,
+        eos_token_id=(257,),
     )
     (tmp_path / "config.json").write_text(json.dumps(shape.to_hf()))
     return tmp_path

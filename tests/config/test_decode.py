@@ -52,6 +52,8 @@ def test_an_unknown_key_is_named_with_its_path_and_what_was_meant(values, path, 
         ("rollout", "policy", "ser", "'ser' is not a choice (did you mean seer?)"),
         ("model", "dtype", "int8", "'int8' is not a choice (one of bfloat16, float32)"),
         ("model", "dtype", 8, "8 is not a choice"),
+        ("sampling", "stop_token_ids", 8, "expected a list of integers, got 8"),
+        ("sampling", "stop_token_ids", [1, True], "expected a list of integers, got [1, True]"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_named_with_what_is_expected(section, key, value, message):
@@ -87,6 +89,11 @@ def test_a_float_may_be_written_as_integer_or_in_the_exponent_form_that_yaml_rea
         ("data", "path", "None", None),
         ("data", "path", "x.jsonl", "x.jsonl"),
         ("rollout", "policy", "seer", "seer"),
+        ("sampling", "stop_token_ids", "7", (7,)),
+        ("sampling", "stop_token_ids", "7 8", (7, 8)),
+        ("sampling", "stop_token_ids", "7,8", (7, 8)),
+        ("sampling", "stop_token_ids", "[7, 8]", (7, 8)),
+        ("sampling", "stop_token_ids", "", ()),
     ],
 )
 def test_text_of_the_command_line_takes_the_type_of_its_field(section, key, text, value):

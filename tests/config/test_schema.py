@@ -28,9 +28,13 @@ def test_every_setting_can_be_read_back_from_the_yaml_that_is_written():
     assert decode(RunConfig, values, base=RunConfig()) == RunConfig()
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False), st.text(), st.none() | st.text())
-def test_any_number_and_any_text_survive_writing_and_reading(number, text, optional_text):
-    values = {"train": {"learning_rate": number}, "data": {"task": text, "path": optional_text}}
+@given(st.floats(allow_nan=False, allow_infinity=False), st.text(), st.none() | st.text(), st.lists(st.integers()))
+def test_any_number_text_and_list_survive_writing_and_reading(number, text, optional_text, numbers):
+    values = {
+        "train": {"learning_rate": number},
+        "data": {"task": text, "path": optional_text},
+        "sampling": {"stop_token_ids": numbers},
+    }
     config = decode(RunConfig, values, base=RunConfig())
     assert decode(RunConfig, yaml.safe_load(to_yaml(config)), base=RunConfig()) == config
 

@@ -11,7 +11,7 @@ from seer_jax.core.errors import CapacityError, ConfigError, InstanceLostError, 
 from seer_jax.core.eventlog import encode_command
 from seer_jax.core.events import GroupsSubmitted, InstanceJoined, InstanceLost, InstanceReport
 from seer_jax.core.scheduling import GroupRoundRobinPolicy, SeerPolicy
-from seer_jax.core.types import InstanceStatus, KVHandle, RequestId
+from seer_jax.core.types import InstanceStatus, KVHandle, RequestId, SamplingParams
 from tests.core.fake_cluster import finish, make_group, make_info
 
 SEER = SeerPolicy(chunk_size=4, starvation_interval=0, prefetch_chunks=0)
@@ -34,6 +34,11 @@ def started(policy=SEER, *groups, instances: int = 1):
         (make_group(3, prompt=0), ConfigError, r"data: the prompt of group 3 is empty"),
         (make_group(3, size=0), ConfigError, r"rollout\.group_size: is 0"),
         (make_group(3, max_tokens=0), ConfigError, r"sampling\.max_tokens: is 0"),
+        (
+            replace(make_group(3), sampling=SamplingParams(max_tokens=4, stop_token_ids=(1, 2, 3, 4, 5))),
+            ConfigError,
+            r"sampling\.stop_token_ids: are 5 tokens \(at most 4",
+        ),
     ],
 )
 def test_a_group_that_cannot_run_is_refused_before_anything_starts(group, error, message):
@@ -105,6 +110,7 @@ def test_an_iteration_cannot_start_inside_another_nor_with_older_weights():
         ({"token_ids": np.zeros(5, np.int32), "logprobs": np.zeros(5, np.float32)}, "5 tokens"),
         ({"logprobs": np.zeros(3, np.float32)}, "3 log-probabilities"),
         ({"kv": KVHandle(num_tokens=9, policy_version=0)}, "KV of 9 tokens"),
+        ({"kv": KVHandle(num_tokens=8, policy_version=0)}, "KV of 8 tokens, at most 7"),
     ],
 )
 def test_a_result_that_no_chunk_in_flight_can_have_is_a_protocol_error_and_changes_nothing(changes, message):

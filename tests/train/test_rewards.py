@@ -7,7 +7,7 @@ from seer_jax.train.rewards import compute_rewards
 from seer_jax.train.tasks.chain_sum import ChainSum, make_prompt
 from seer_jax.train.tokenizer import encode
 
-PROMPTS = {4: make_prompt([1, 2]), 7: make_prompt([9, -9])}
+PROMPTS = {4: make_prompt(["a+1", "b+2"]), 7: make_prompt(["y+9", "z-9"])}
 
 
 def sample(group_id, index, text):
@@ -28,6 +28,22 @@ def test_each_sample_is_judged_against_its_own_group_s_prompt():
     assert rewards.dtype == np.float32
     assert rewards.tolist() == [1.0, 1.0, 0.0, 0.0]
     assert failures == ()
+
+
+def test_the_record_holds_the_tokens_for_a_tokenizer_of_the_users_and_is_the_functions_own():
+    seen = []
+
+    def greedy(prompt, response, record):
+        seen.append(dict(record))
+        record.clear()
+        return 1.0
+
+    samples = [sample(4, 0, "#03"), sample(4, 1, "")]
+    _, failures = compute_rewards(ChainSum(reward_function=greedy), PROMPTS, samples)
+    assert failures == ()
+    assert [record["response_token_ids"] for record in seen] == [[35, 48, 51, 257], [257]]
+    assert all(record["prompt_token_ids"] == PROMPTS[4].token_ids.tolist() for record in seen)
+    assert all(record["answer"] == PROMPTS[4].record["answer"] == "03" for record in seen)
 
 
 def test_a_crash_names_the_sample_and_keeps_the_batch():

@@ -1,6 +1,11 @@
 """Tasks: prompts are reproducible, splits disjoint, rewards exact, and a wrong file or name is said plainly."""
 
 import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +14,10 @@ from hypothesis import strategies as st
 
 from seer_jax.config.schema import DataConfig
 from seer_jax.core.errors import ConfigError
+from seer_jax.train.rewards import judge
 from seer_jax.train.tasks import length_statistics, make_task
 from seer_jax.train.tasks.chain_sum import MAX_OPERANDS, ChainSum, make_prompt, score_answer, split_of, write_chain
-from seer_jax.train.tokenizer import BOS_ID, decode
+from seer_jax.train.tokenizer import BOS_ID, decode, encode
 
 operand_lists = st.lists(
     st.integers(1, 9).flatmap(lambda d: st.sampled_from([-d, d])), min_size=2, max_size=MAX_OPERANDS
@@ -37,8 +43,8 @@ def test_chain_sum_format_is_as_documented():
 def test_a_chain_without_errors_earns_the_reward_and_a_truncated_one_does_not(operands, step_size):
     task, prompt = ChainSum(), make_prompt(operands)
     chain = write_chain(operands, step_size, 0.0, np.random.default_rng(0))
-    assert task.reward(prompt, chain) == 1.0
-    assert all(task.reward(prompt, chain[:cut]) == 0.0 for cut in range(len(chain)))
+    assert judge(task.reward_function, prompt, encode(chain)) == 1.0
+    assert all(judge(task.reward_function, prompt, encode(chain[:cut])) == 0.0 for cut in range(len(chain)))
 
 
 @given(st.text())
@@ -77,6 +83,11 @@ def test_prompt_lengths_are_heavy_tailed():
     assert counts.max() == MAX_OPERANDS and counts.max() > 4 * counts.mean()
 
 
+def test_the_longest_prompt_of_chain_sum_is_known_and_reached():
+    task = ChainSum()
+    assert max(len(p.token_ids) for p in task.make_prompts(0, "train", 2000)) == task.max_prompt_tokens == 158
+
+
 @pytest.fixture
 def jsonl(tmp_path):
     def write(lines):
@@ -99,7 +110,7 @@ def test_jsonl_holds_out_the_last_records_and_shuffles_the_others_every_pass(jso
     assert all(sorted(p) == [f"question {i}" for i in range(7)] for p in passes)
     assert passes[0] != passes[1]
     assert [p.text for p in task.make_prompts(0, "train", 9, start=5)] == texts[5:14]
-    assert task.reward(task.make_prompts(0, "train", 1)[0], "four") == 4.0
+    assert task.reward_function("", "four", {}) == 4.0
 
 
 def test_jsonl_takes_token_ids_as_they_are(jsonl):
@@ -107,6 +118,12 @@ def test_jsonl_takes_token_ids_as_they_are(jsonl):
     prompt = task.make_prompts(0, "train", 1)[0]
     assert prompt.token_ids.tolist() == [500, 104, 105]
     assert prompt.text == "hi"
+
+
+def test_the_longest_prompt_of_a_file_may_be_one_held_out(jsonl):
+    long = json.dumps({"prompt_token_ids": [1] * 77})
+    assert make_task(jsonl([*records(5), long])).max_prompt_tokens == 77
+    assert make_task(jsonl([long, *records(5)])).max_prompt_tokens == 77
 
 
 @pytest.mark.parametrize(
@@ -146,7 +163,35 @@ def test_a_bad_setting_is_named(data, said):
 
 def test_a_configured_reward_replaces_the_task_s_own():
     task = make_task(DataConfig(reward=f"{__name__}:response_length_reward"))
-    assert task.reward(task.make_prompts(0, "train", 1)[0], "12345") == 5.0
+    assert task.reward_function("", "12345", {}) == 5.0
+
+
+def import_in(directory, module, text):
+    """Make a task with a reward of a module in a directory, as the console script would that is started there."""
+    (directory / f"{module}.py").write_text(text)
+    script = f"""
+from seer_jax.config.schema import DataConfig
+from seer_jax.core.errors import ConfigError
+from seer_jax.train.tasks import make_task
+try:
+    print(make_task(DataConfig(reward="{module}:f")).reward_function("", "", {{}}))
+except ConfigError as error:
+    print(error)
+"""
+    # -P: like a console script, without the current directory on the path.
+    command, root = [sys.executable, "-P", "-c", script], str(Path(__file__).resolve().parents[2])
+    env = os.environ | {"PYTHONPATH": root}
+    done = subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
+
+
+def test_a_reward_is_found_in_the_current_directory(tmp_path):
+    assert import_in(tmp_path, "my_mod", "def f(prompt, response, record): return 0.25") == "0.25\n"
+
+
+def test_a_module_that_crashes_when_imported_is_an_error_with_its_text(tmp_path):
+    said = import_in(tmp_path, "my_mod", "1 / 0")
+    assert said.startswith("data.reward: cannot import 'my_mod': ZeroDivisionError: division by zero (")
 
 
 def test_group_correlation_is_one_for_equal_groups_and_none_for_shuffled_lengths():
@@ -166,6 +211,13 @@ def test_group_correlation_recovers_a_known_ratio_of_variances():
     assert stats.limit_over_mean == pytest.approx(512 / stats.mean)
 
 
-def test_length_statistics_refuse_a_single_group():
-    with pytest.raises(ValueError, match="at least 2 groups"):
-        length_statistics([[3, 4]], 512)
+def test_a_single_group_has_a_mean_but_says_nothing_about_correlation():
+    stats = length_statistics([[3, 5]], 512)
+    assert (stats.mean, stats.limit_over_mean) == (4.0, 128.0)
+    assert math.isnan(stats.group_correlation)
+
+
+@pytest.mark.parametrize("lengths", [[[3], [4]], [], np.array([3, 4])])
+def test_length_statistics_refuse_what_is_no_group(lengths):
+    with pytest.raises(ValueError, match="groups of at least 2 lengths"):
+        length_statistics(lengths, 512)

@@ -1,7 +1,9 @@
 """Tasks by name: `make_task` turns the `data` section of a configuration into prompts and a reward."""
 
 import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from seer_jax.config.schema import DataConfig
 from seer_jax.core.errors import ConfigError
@@ -47,7 +49,7 @@ TASKS: dict[str, Callable[[DataConfig], Task]] = {"chain_sum": _make_chain_sum, 
 
 
 def import_reward(name: str) -> RewardFunction:
-    """Import a reward function.
+    """Import a reward function, also from the current directory, which `python -m` searches but a script does not.
 
     Args:
         name: `package.module:function`.
@@ -56,16 +58,20 @@ def import_reward(name: str) -> RewardFunction:
         The function.
 
     Raises:
-        ConfigError: If the name is malformed, the module cannot be imported or the function is not there.
+        ConfigError: If the name is malformed, the module fails to import or the function is not there.
     """
     module_name, separator, function_name = name.partition(":")
     if not (module_name and separator and function_name):
         raise ConfigError("data.reward", f"{name!r} names no function", "write package.module:function")
+    # For good and not just for this import: the module may import its neighbours when it is called.
+    if (directory := str(Path.cwd())) not in sys.path:
+        sys.path.append(directory)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        hint = "is the module installed or in the current directory?"
-        raise ConfigError("data.reward", f"cannot import {module_name!r}: {error}", hint) from error
+    # The module is the user's: whatever it raises is said, with where to look.
+    except Exception as error:
+        problem = f"cannot import {module_name!r}: {type(error).__name__}: {error}"
+        raise ConfigError("data.reward", problem, "it must be installed or in the current directory") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         problem = f"{module_name!r} has no function {function_name!r}"

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from seer_jax.models.config import DecoderConfig
 from seer_jax.train.tasks.task import Prompt, RewardFunction, Split
-from seer_jax.train.tokenizer import encode
+from seer_jax.train.tokenizer import check_model_reads_bytes, encode
 
 LABELS = string.ascii_letters
 MIN_OPERANDS = 2
@@ -55,13 +56,18 @@ class ChainSum:
 
     reward_function: RewardFunction = score_answer
 
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of a prompt with as many digits as there are labels."""
+        return len(make_prompt([1] * MAX_OPERANDS).token_ids)
+
     def make_prompts(self, seed: int, split: Split, count: int, start: int = 0) -> list[Prompt]:
         """Generate prompts `start` to `start + count - 1` of a split, each from its own random stream."""
         return [make_prompt(draw_operands(seed, split, i)) for i in range(start, start + count)]
 
-    def reward(self, prompt: Prompt, response_text: str) -> float:
-        """Judge a response with the reward function."""
-        return float(self.reward_function(prompt.text, response_text, prompt.record))
+    def check_tokenizer(self, model: DecoderConfig) -> None:
+        """Refuse a model that does not read bytes."""
+        check_model_reads_bytes(model, "data.task")
 
 
 def split_of(text: str) -> Split:

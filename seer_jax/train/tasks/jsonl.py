@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from seer_jax.core.errors import ConfigError
+from seer_jax.models.config import DecoderConfig
 from seer_jax.train.tasks.task import Prompt, RewardFunction, Split
-from seer_jax.train.tokenizer import decode, encode
+from seer_jax.train.tokenizer import check_model_reads_bytes, decode, encode
 
 RECORD_HINT = 'every line must be like {"prompt": "1+1=", "answer": "2"} or {"prompt_token_ids": [1, 5], "answer": "2"}'
 
@@ -20,14 +21,21 @@ class JsonlTask:
     """Prompts read from a file.
 
     Attributes:
+        path: The file.
         train: Prompts to train on, at least one.
         heldout: Prompts to measure on, never trained on.
         reward_function: Judges a response.
     """
 
+    path: str
     train: tuple[Prompt, ...]
     heldout: tuple[Prompt, ...]
     reward_function: RewardFunction
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt in the file."""
+        return max(len(prompt.token_ids) for prompt in self.train + self.heldout)
 
     def make_prompts(self, seed: int, split: Split, count: int, start: int = 0) -> list[Prompt]:
         """Give prompts of a split.
@@ -57,9 +65,18 @@ class JsonlTask:
         offset = start - passes.start * size
         return [self.train[i] for i in order[offset : offset + count]]
 
-    def reward(self, prompt: Prompt, response_text: str) -> float:
-        """Judge a response with the reward function."""
-        return float(self.reward_function(prompt.text, response_text, prompt.record))
+    def check_tokenizer(self, model: DecoderConfig) -> None:
+        """Refuse text if the model does not read bytes, and token ids that are outside its vocabulary.
+
+        Raises:
+            ConfigError: Names the file, and the record if it is a token id.
+        """
+        for number, prompt in enumerate(self.train + self.heldout, start=1):
+            if _is_text(prompt.record):
+                check_model_reads_bytes(model, "data.path")
+            elif (largest := int(prompt.token_ids.max())) >= model.vocab_size:
+                problem = f"{self.path!r} record {number} holds token id {largest}, vocab_size is {model.vocab_size}"
+                raise ConfigError("data.path", problem, "tokenize the prompts with the tokenizer of the model")
 
 
 def load_jsonl_task(path: str, reward_function: RewardFunction, heldout_prompts: int) -> JsonlTask:
@@ -93,6 +110,7 @@ def load_jsonl_task(path: str, reward_function: RewardFunction, heldout_prompts:
         )
     first_heldout = len(prompts) - heldout_prompts
     return JsonlTask(
+        path=path,
         train=tuple(prompts[:first_heldout]),
         heldout=tuple(prompts[first_heldout:]),
         reward_function=reward_function,
@@ -114,9 +132,13 @@ def _read_record(path: str, number: int, line: str) -> Prompt:
 
 
 def _read_token_ids(record: Mapping[str, Any]) -> np.ndarray | None:
-    given = record.get("prompt_token_ids")
-    if given is None:
+    if _is_text(record):
         text = record.get("prompt")
         return encode(text, add_bos=True) if isinstance(text, str) and text else None
+    given = record["prompt_token_ids"]
     usable = isinstance(given, list) and given and all(type(i) is int and 0 <= i < 2**31 for i in given)
     return np.asarray(given, np.int32) if usable else None
+
+
+def _is_text(record: Mapping[str, Any]) -> bool:
+    return record.get("prompt_token_ids") is None

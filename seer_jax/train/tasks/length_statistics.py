@@ -13,7 +13,8 @@ class LengthStatistics:
     Attributes:
         mean: Mean length, in tokens.
         limit_over_mean: Generation limit / mean: how much a reservation for the worst case would waste.
-        group_correlation: ICC(1), the correlation of two lengths of the same group: how much a probe tells.
+        group_correlation: ICC(1), the correlation of two lengths of the same group: how much a probe tells. nan if
+            there is only one group, which says nothing about it.
     """
 
     mean: float
@@ -28,25 +29,29 @@ def length_statistics(lengths_by_group: Sequence[Sequence[int]] | np.ndarray, ma
     random-effects intraclass correlation (Shrout and Fleiss 1979).
 
     Args:
-        lengths_by_group: Lengths in tokens [num_groups, group_size], both at least 2.
+        lengths_by_group: Lengths in tokens [num_groups, group_size], at least 1 group of at least 2.
         max_tokens: Generation limit of a response, in tokens.
 
     Returns:
-        The statistics; the correlation is 0 if all lengths are equal.
+        The statistics; the correlation is 0 if all lengths are equal, nan for a single group.
 
     Raises:
-        ValueError: If there are fewer than two groups or two responses a group, or groups differ in size.
+        ValueError: If there is no group, a group has fewer than two responses, or groups differ in size.
     """
     lengths = np.asarray(lengths_by_group, np.float64)
-    if lengths.ndim != 2 or min(lengths.shape) < 2:
-        raise ValueError(f"need at least 2 groups of at least 2 lengths each, got shape {lengths.shape}")
+    if lengths.ndim != 2 or lengths.shape[0] < 1 or lengths.shape[1] < 2:
+        raise ValueError(f"need groups of at least 2 lengths each, got shape {lengths.shape}")
+    return LengthStatistics(
+        mean=float(lengths.mean()),
+        limit_over_mean=float(max_tokens / lengths.mean()),
+        group_correlation=_correlate_within_groups(lengths) if len(lengths) > 1 else float("nan"),
+    )
+
+
+def _correlate_within_groups(lengths: np.ndarray) -> float:
     num_groups, group_size = lengths.shape
     group_means = lengths.mean(axis=1)
     between = group_size * np.sum((group_means - lengths.mean()) ** 2) / (num_groups - 1)
     within = np.sum((lengths - group_means[:, None]) ** 2) / (num_groups * (group_size - 1))
     spread = between + (group_size - 1) * within
-    return LengthStatistics(
-        mean=float(lengths.mean()),
-        limit_over_mean=float(max_tokens / lengths.mean()),
-        group_correlation=float((between - within) / spread) if spread > 0 else 0.0,
-    )
+    return float((between - within) / spread) if spread > 0 else 0.0

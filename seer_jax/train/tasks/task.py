@@ -6,10 +6,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from seer_jax.models.config import DecoderConfig
+
 Split = Literal["train", "heldout"]
 
 RewardFunction = Callable[[str, str, Mapping[str, Any]], float]
-"""`(prompt text, response text, record) -> reward`."""
+"""`(prompt text, response text, record) -> reward`, larger is better; `rewards.judge` says what the record holds."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,10 +37,24 @@ class Task(Protocol):
     split, whatever the seed.
     """
 
+    @property
+    def reward_function(self) -> RewardFunction:
+        """Judges a response."""
+        ...
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt of both splits, whatever the seed."""
+        ...
+
     def make_prompts(self, seed: int, split: Split, count: int, start: int = 0) -> list[Prompt]:
         """Give prompts `start` to `start + count - 1` of the endless sequence that `seed` and `split` name."""
         ...
 
-    def reward(self, prompt: Prompt, response_text: str) -> float:
-        """Judge a response; larger is better."""
+    def check_tokenizer(self, model: DecoderConfig) -> None:
+        """Check that the model knows the tokens of every prompt.
+
+        Raises:
+            ConfigError: If a token id is outside the vocabulary, or text is not what the model was trained on.
+        """
         ...
