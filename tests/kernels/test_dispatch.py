@@ -12,5 +12,5 @@ def test_a_name_is_taken_literally_and_none_takes_the_first():
 
 
 def test_a_name_that_does_not_exist_never_falls_back():
-    with pytest.raises(ValueError, match="mla_attention.*'pallas_gpu'.*fast"):
+    with pytest.raises(ValueError, match=r"mla_attention.*'pallas_gpu'.*fast"):
         select("mla_attention", {"fast": print}, "pallas_gpu")
