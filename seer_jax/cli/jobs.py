@@ -1,16 +1,15 @@
 """What the verbs run: loads the model, starts the instances, runs the job, stops the instances."""
 
-import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 from rich.console import Console
 
 from seer_jax.cli.options import RolloutOptions, TrainOptions
@@ -18,6 +17,7 @@ from seer_jax.config.presets import resolve_preset_path
 from seer_jax.config.schema import RunConfig
 from seer_jax.core.commands import Command
 from seer_jax.core.driver import RolloutDriver
+from seer_jax.core.errors import ConfigError
 from seer_jax.core.eventlog import encode_event
 from seer_jax.core.events import Event
 from seer_jax.core.scheduling import make_policy
@@ -27,16 +27,17 @@ from seer_jax.engine.factory import build_local_cluster, enable_compilation_cach
 from seer_jax.engine.rollout import RolloutRunner
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import Params, decoder_specs
-from seer_jax.obs.metrics import MetricsWriter
+from seer_jax.obs.metrics import MetricsWriter, truncate_metrics
 from seer_jax.obs.progress import ProgressDisplay
 from seer_jax.obs.run_dir import METRICS_FILE, create_run_dir
 from seer_jax.obs.tables import print_summary
-from seer_jax.sharding import MESH_AXES, shardings_for
+from seer_jax.sharding import check_divisible
+from seer_jax.train.checks import check_task, stop_token_ids
 from seer_jax.train.learner import Learner
-from seer_jax.train.loop import TrainingRun, make_groups, make_sampling
-from seer_jax.train.tasks import make_task
+from seer_jax.train.loop import TrainingRun, describe_lengths, make_groups, make_sampling, restore_learner
+from seer_jax.train.tasks import Task, make_task
 from seer_jax.train.tokenizer import decode
-from seer_jax.weights.checkpoint import load_checkpoint, save_checkpoint
+from seer_jax.weights.checkpoint import load_checkpoint, load_config, save_checkpoint
 
 EVENTS_FILE = "events.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -54,40 +55,46 @@ def train(config: RunConfig, options: TrainOptions) -> dict[str, Any]:
     """Train by GRPO; leaves metrics, checkpoints and the final model in `options.run_dir`.
 
     Returns:
-        See `TrainingRun.run`.
+        See `TrainingRun.run`, and `wall_s`: everything from loading the model to writing it.
 
     Raises:
         SeerError: Bad input, before anything heavy starts, or a run that failed.
     """
-    task = make_task(config.data)
-    model_config, params = _load_model(config)
-    create_run_dir(options.run_dir, config, resume=options.resume)
+    started = time.perf_counter()
+    task, model_config, params = _load(config)
+    _check_learner_devices(config)
     enable_compilation_cache(config.engine.compilation_cache_dir)
+    learner = Learner(config, model_config, params)
+    first = 0
+    if options.resume:
+        first, is_same_config = restore_learner(options.run_dir, learner, config)
+        truncate_metrics(options.run_dir / METRICS_FILE, first)
+        if not is_same_config:
+            print(f"seer-jax: {options.run_dir} goes on with settings other than it was started with", file=sys.stderr)
+    create_run_dir(options.run_dir, config, resume=options.resume)
     with ExitStack() as stack:
         metrics = stack.enter_context(MetricsWriter(options.run_dir / METRICS_FILE))
         display = stack.enter_context(ProgressDisplay(enabled=not options.json))
         cluster = stack.enter_context(_open_cluster(config, model_config, params))
-        runner = RolloutRunner(
-            cluster, RolloutDriver(make_policy(config.rollout.policy, config.rollout)), on_event=display.on_event
-        )
 
         def on_record(record: Mapping[str, Any]) -> None:
             metrics.write(record)
             _print_record(record, quiet=options.json)
 
-        learner = Learner(config, model_config, params)
         run = TrainingRun(
             config,
-            runner=runner,
+            runner=RolloutRunner(
+                cluster, RolloutDriver(make_policy(config.rollout.policy, config.rollout)), on_event=display.on_event
+            ),
             learner=learner,
             task=task,
             run_dir=options.run_dir,
             on_record=on_record,
-            stop_token_ids=model_config.eos_token_id,
+            stop_token_ids=stop_token_ids(config, model_config),
         )
-        result = run.run(resume=options.resume)
+        result = run.run(first)
         save_checkpoint(options.run_dir / MODEL_DIRECTORY, model_config, learner.params)
-    return result
+    return result | {"wall_s": time.perf_counter() - started}
 
 
 def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
@@ -101,28 +108,33 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
     Raises:
         SeerError: Bad input, before anything heavy starts, or a run that failed.
     """
-    task = make_task(config.data)
-    model_config, params = _load_model(config)
+    task, model_config, params = _load(config)
     prompts = dict(enumerate(task.make_prompts(config.seed, "train", config.rollout.num_groups)))
-    groups = make_groups(prompts, config.rollout.group_size, make_sampling(config, model_config.eos_token_id), 0)
+    groups = make_groups(
+        prompts, config.rollout.group_size, make_sampling(config, stop_token_ids(config, model_config)), 0
+    )
     create_run_dir(options.run_dir, config, resume=False)
-    runs = []
+    runs: list[dict[str, Any]] = []
     with ExitStack() as stack:
         display = stack.enter_context(ProgressDisplay(enabled=not options.json))
         cluster = stack.enter_context(_open_cluster(config, model_config, params))
         for index, policy in enumerate(options.policies):
             directory = options.run_dir / f"{index}-{policy}"
             directory.mkdir()
-            with (directory / EVENTS_FILE).open("w", encoding="utf-8") as log:
+            events: list[Event] = []
 
-                def on_event(elapsed_s: float, event: Event, commands: list[Command], log: TextIO = log) -> None:
-                    log.write(json.dumps(encode_event(event)) + "\n")
-                    display.on_event(elapsed_s, event, commands)
+            def on_event(elapsed_s: float, event: Event, commands: list[Command], events: list[Event] = events) -> None:
+                events.append(event)
+                display.on_event(elapsed_s, event, commands)
 
-                driver = RolloutDriver(make_policy(policy, config.rollout))
-                result = RolloutRunner(cluster, driver, on_event=on_event).run(groups)
+            driver = RolloutDriver(make_policy(policy, config.rollout))
+            result = RolloutRunner(cluster, driver, on_event=on_event).run(groups)
+            with MetricsWriter(directory / EVENTS_FILE) as log:
+                for event in events:
+                    log.write(encode_event(event))
             _write_samples(directory / SAMPLES_FILE, result.samples)
-            runs.append({"policy": policy, **asdict(result.stats)})
+            lengths = describe_lengths(result.samples, config.sampling.max_tokens)
+            runs.append({"policy": policy, **asdict(result.stats), **lengths})
     with MetricsWriter(options.run_dir / METRICS_FILE) as metrics:
         for run in runs:
             metrics.write({"kind": "rollout", **run})
@@ -148,13 +160,24 @@ def _write_samples(file: Path, samples: list[Sample]) -> None:
             )
 
 
-def _load_model(config: RunConfig) -> tuple[DecoderConfig, Params]:
-    dtype = jnp.dtype(config.model.dtype)
-    model_config, params = load_checkpoint(resolve_preset_path(config.model.path), dtype)
-    # The instances build the real mesh; what the model cannot be divided into is said before they start.
-    mesh = AbstractMesh(tuple(getattr(config.sharding, axis) for axis in MESH_AXES), MESH_AXES)
-    shardings_for(decoder_specs(model_config, dtype), mesh)
-    return model_config, jax.device_get(params)
+def _load(config: RunConfig) -> tuple[Task, DecoderConfig, Params]:
+    """Load task and model, after checking all that can be checked of them without weights or devices."""
+    task, path, dtype = make_task(config.data), resolve_preset_path(config.model.path), jnp.dtype(config.model.dtype)
+    model_config = load_config(path)
+    check_task(task, config, model_config)
+    check_divisible(config.sharding, decoder_specs(model_config, dtype))
+    _, params = load_checkpoint(path, dtype)
+    return task, model_config, jax.device_get(params)
+
+
+def _check_learner_devices(config: RunConfig) -> None:
+    """The learner computes in this process; actors on the same accelerators would find their memory taken."""
+    if config.rollout.runtime == "ray" and jax.default_backend() != "cpu":
+        raise ConfigError(
+            "rollout.runtime",
+            f"training with 'ray' would share this machine's {jax.default_backend()}s between learner and instances",
+            "use --runtime local",
+        )
 
 
 @contextmanager
@@ -173,6 +196,8 @@ def _open_cluster(config: RunConfig, model_config: DecoderConfig, params: Params
 
 def _print_record(record: Mapping[str, Any], *, quiet: bool) -> None:
     """Show a record: a table for people, one line on stderr beside machine-readable output."""
+    for failure in record.get("reward_failures", [])[:1]:
+        print(f"{record['num_reward_failures']} rewards failed; {failure}", file=sys.stderr)
     if quiet:
         print(f"{record['kind']} {record['iteration']}: reward {record['reward_mean']:.3f}", file=sys.stderr)
         return

@@ -64,7 +64,7 @@ class RolloutConfig:
     """Responses per prompt (G)."""
     chunk_size: int = 128
     """Tokens that a request may generate before it goes back to the buffer (8k at the paper's scale)."""
-    starvation_interval: int = 16
+    starvation_interval: int = 64
     """Every so many scheduling decisions one goes to the most underserved group; 0 = never."""
     prefetch_chunks: int = 2
     """Chunks placed at an instance beyond its slots, so that a free slot is refilled without asking the controller."""
@@ -119,6 +119,8 @@ class TrainConfig:
     """Peak learning rate of AdamW."""
     warmup_updates: int = 2
     """Updates of linear warm-up."""
+    adam_eps: float = 1e-8
+    """Epsilon of Adam; above the size of single gradients it keeps noise from being blown up to full steps."""
     weight_decay: float = 0.0
     """AdamW weight decay."""
     max_grad_norm: float = 1.0
@@ -135,6 +137,8 @@ class TrainConfig:
     """Optimizer updates per iteration; 1 is strictly on-policy."""
     tokens_per_microbatch: int = 8192
     """Padded tokens per gradient-accumulation step; bounds the learner's memory."""
+    remat: bool = False
+    """Recompute layers in the backward pass: a third more time, far less memory. For long sequences."""
     eval_samples: int = 1
     """Responses per held-out prompt when the reward is measured."""
     checkpoint_every: int = 4

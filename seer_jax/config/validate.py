@@ -44,6 +44,7 @@ AT_LEAST = {
 ABOVE_ZERO = (
     "sampling.top_p",
     "train.learning_rate",
+    "train.adam_eps",
     "train.max_grad_norm",
     "train.clip_low",
     "train.clip_high",
@@ -81,6 +82,9 @@ def _check_ranges(config: RunConfig) -> None:
             raise ConfigError(path, f"is {value}", f"give at least {AT_LEAST[path]}")
         if path in ABOVE_ZERO and value <= 0:
             raise ConfigError(path, f"is {value}", "give a number above 0")
+    if config.sharding.data > 1:
+        problem = f"is {config.sharding.data}, but rows and cache of an instance are not split over it yet"
+        raise ConfigError("sharding.data", problem, "raise rollout.instances instead")
     if config.sampling.top_p > 1:
         raise ConfigError("sampling.top_p", f"is {config.sampling.top_p}", "give a share in (0, 1]; 1 keeps all")
     if config.train.clip_low >= 1:

@@ -4,9 +4,15 @@ Everything a user can cause is a `ConfigError` or a `CapacityError` and is raise
 heavy starts. `ProtocolError` means a bug of ours: an invariant between driver, instance and learner was broken.
 """
 
+import copyreg
+
 
 class SeerError(Exception):
-    """Base of every error that seer_jax raises on purpose."""
+    """Base of every error that seer_jax raises on purpose; survives pickling, as it may come from another process."""
+
+    def __reduce__(self) -> tuple:
+        """Rebuild from the message and the attributes, not by calling `__init__`, whose arguments are gone."""
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)
 
 
 class ConfigError(SeerError):

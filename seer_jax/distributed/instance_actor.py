@@ -4,7 +4,6 @@ A thread runs the engine without a pause; calls from the controller only touch q
 KV, so no Ray call sits between two decode steps. jax is imported after the process environment is set.
 """
 
-import copyreg
 import logging
 import os
 import queue
@@ -19,17 +18,12 @@ import ray
 from ray.exceptions import RayError
 
 from seer_jax.config.schema import RunConfig, num_mesh_devices
-from seer_jax.core.errors import CapacityError, ConfigError
 from seer_jax.core.events import ChunkFinished, Event, InstanceReport
 from seer_jax.core.types import InstanceInfo, RequestChunk
 
 REPORT_INTERVAL_S = 0.5
 POLL_TIMEOUT_S = 5.0
 FETCH_TIMEOUT_S = 10.0
-
-for _kind in (ConfigError, CapacityError):
-    # By default an exception is unpickled from its message alone, and these take other arguments.
-    copyreg.pickle(_kind, lambda error: (copyreg.__newobj__, (type(error), *error.args), vars(error)))
 
 
 class InstanceActor:

@@ -19,6 +19,10 @@ from seer_jax.models.specs import Params
 
 QUERY_BLOCK = 128
 """Queries that attend together in training."""
+MAX_QUERY_BLOCKS = 16
+"""The blocks are unrolled; more of them would only cost compile time."""
+MAX_KEPT_LENGTH = 2048
+"""Up to this length the backward pass keeps the scores; beyond it recomputes them, a block at a time."""
 
 
 class MLAQueries(NamedTuple):
@@ -99,11 +103,12 @@ def expanded_attention(
     keys = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, None], queries.q_rope.shape)], axis=-1)
     q = jnp.concatenate(queries, axis=-1) * config.softmax_scale
     q, keys, values = (jnp.swapaxes(a.reshape(-1, length, *a.shape[1:]), 1, 2) for a in (q, keys, values))
-    blocks = []
-    for start in range(0, length, QUERY_BLOCK):
+    attend = _causal_block if length <= MAX_KEPT_LENGTH else jax.checkpoint(_causal_block, static_argnums=3)
+    block, blocks = max(QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS)), []
+    for start in range(0, length, block):
         # A block of queries meets only the keys up to its own end: nearly half of all scores are never computed.
-        end = min(start + QUERY_BLOCK, length)
-        blocks.append(_causal_block(q[:, :, start:end], keys[:, :, :end], values[:, :, :end], start))
+        end = min(start + block, length)
+        blocks.append(attend(q[:, :, start:end], keys[:, :, :end], values[:, :, :end], start))
     out = jnp.swapaxes(jnp.concatenate(blocks, axis=2), 1, 2)
     return out.reshape(-1, *out.shape[2:])
 

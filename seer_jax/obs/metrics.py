@@ -45,6 +45,19 @@ class MetricsWriter:
         self.close()
 
 
+def truncate_metrics(path: Path, iteration: int) -> None:
+    """Drop the records after an iteration, so that a run resumed there does not hold later iterations twice.
+
+    Args:
+        path: A `metrics.jsonl`; may be missing.
+        iteration: Last iteration whose record is kept.
+    """
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
+        path.write_text("".join(kept), encoding="utf-8")
+
+
 def to_json_line(record: Mapping[str, Any]) -> str:
     """Write a record as one line of strict JSON; NaN and infinities, which JSON lacks, become null.
 

@@ -195,7 +195,7 @@ def make_optimizer(config: TrainConfig, params: Params) -> optax.GradientTransfo
         return leaf.ndim > 1 and path[-1].key not in UNDECAYED
 
     mask = functools.partial(jax.tree_util.tree_map_with_path, decays)
-    adamw = optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=config.weight_decay, mask=mask)
+    adamw = optax.adamw(rate, b1=0.9, b2=0.95, eps=config.adam_eps, weight_decay=config.weight_decay, mask=mask)
     labels = jax.tree_util.tree_map_with_path(lambda path, _: "frozen" if path[-1].key in FROZEN else "trained", params)
     trained = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
     return optax.multi_transform({"trained": trained, "frozen": optax.set_to_zero()}, labels)
@@ -222,7 +222,8 @@ def compute_loss(
         Loss sum and metrics.
     """
     train, temperature = config.train, config.sampling.temperature
-    logprobs = compute_logprobs(_cast(params, config, model_config), model_config, batch.token_ids, temperature)
+    params = _cast(params, config, model_config)
+    logprobs = compute_logprobs(params, model_config, batch.token_ids, temperature, remat=train.remat)
     rows = (logprobs, batch.old_logprobs, batch.mask, batch.advantages, batch.row_weights)
     if train.loss == "k15":
         loss, metrics = losses.squared_loss(*rows, tau=train.k15_tau)
@@ -237,7 +238,12 @@ def compute_loss(
 
 
 def compute_logprobs(
-    params: Params, model_config: DecoderConfig, token_ids: Int32[Array, "B L"], temperature: float
+    params: Params,
+    model_config: DecoderConfig,
+    token_ids: Int32[Array, "B L"],
+    temperature: float,
+    *,
+    remat: bool = False,
 ) -> Float[Array, "B L"]:
     """Compute the log-probability of every next token under the distribution that rollout draws from.
 
@@ -248,11 +254,12 @@ def compute_logprobs(
         model_config: Shape of the decoder.
         token_ids: Sequences, padded at the end.
         temperature: Divides the logits.
+        remat: Recompute the layers in the backward pass.
 
     Returns:
         At [b, t] the log-probability of `token_ids[b, t + 1]`; the last column and padding mean nothing.
     """
-    hidden = decoder.forward_train(params, model_config, token_ids)
+    hidden = decoder.forward_train(params, model_config, token_ids, remat=remat)
     targets = jnp.roll(token_ids, -1, axis=1)
 
     @jax.checkpoint

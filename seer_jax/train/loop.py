@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from orbax.checkpoint import CheckpointManager
 
 from seer_jax.config.schema import RunConfig
-from seer_jax.core.types import RolloutGroup, SamplingParams
+from seer_jax.core.errors import ConfigError
+from seer_jax.core.types import RolloutGroup, Sample, SamplingParams
 from seer_jax.engine.rollout import RolloutResult, RolloutRunner
 from seer_jax.train.advantages import group_advantages
 from seer_jax.train.checkpoints import (
@@ -54,39 +56,40 @@ class TrainingRun:
     ) -> None:
         self._config, self._runner, self._learner, self._task = config, runner, learner, task
         self._run_dir, self._on_record, self._stop_token_ids = run_dir, on_record, stop_token_ids
+        self._is_updating = False
 
-    def run(self, *, resume: bool = False) -> dict[str, Any]:
-        """Train from the start, or from the latest checkpoint.
+    def run(self, first: int = 0) -> dict[str, Any]:
+        """Train.
+
+        Ctrl-C saves the iterations that are finished, unless it falls into the learner's update.
+
+        Args:
+            first: Iterations that are done already, see `restore_learner`.
 
         Returns:
-            `reward_before` and `reward_after` on held-out prompts, `iterations`, `wall_s`, `rollout_tokens`,
-            `logprob_gap_mean`. After a resume all but `reward_after` concern the part that was run now, and
-            `reward_before` is the reward at the point of resumption.
+            `reward_before` and `reward_after` on held-out prompts, `iterations`, `rollout_tokens`, `logprob_gap_mean`,
+            of the part that was run now.
         """
-        started = time.perf_counter()
-        first = self._restore() if resume else 0
         reward_before = self._evaluate(first)
-        rollout_tokens, gaps = 0, []
+        records: list[dict[str, Any]] = []
         train = self._config.train
         with open_checkpoints(self._run_dir, train.keep_checkpoints) as checkpoints:
             for iteration in range(first, train.iterations):
-                record = self._iterate(iteration)
-                rollout_tokens += record["generated_tokens"]
-                gaps.append(record["logprob_gap_mean"])
+                try:
+                    records.append(self._iterate(iteration))
+                except KeyboardInterrupt:
+                    if records and not self._is_updating:
+                        self._save(checkpoints, iteration)
+                    raise
                 done = iteration + 1
                 if done % train.checkpoint_every == 0 or done == train.iterations:
-                    info = CheckpointInfo(
-                        iteration=done, seed=self._config.seed, config_sha256=hash_config(self._config)
-                    )
-                    save_checkpoint(checkpoints, self._learner.state, info)
-        reward_after = self._evaluate(train.iterations) if first < train.iterations else reward_before
+                    self._save(checkpoints, done)
         return {
             "reward_before": reward_before,
-            "reward_after": reward_after,
-            "iterations": train.iterations - first,
-            "wall_s": time.perf_counter() - started,
-            "rollout_tokens": rollout_tokens,
-            "logprob_gap_mean": float(np.mean(gaps)) if gaps else 0.0,
+            "reward_after": self._evaluate(train.iterations),
+            "iterations": len(records),
+            "rollout_tokens": sum(record["generated_tokens"] for record in records),
+            "logprob_gap_mean": float(np.mean([record["logprob_gap_mean"] for record in records])),
         }
 
     def _iterate(self, iteration: int) -> dict[str, Any]:
@@ -102,20 +105,16 @@ class TrainingRun:
         group_ids = np.array([sample.request_id.group_id for sample in result.samples])
         advantages = group_advantages(rewards, group_ids, config.train.loss)
         judged = time.perf_counter()
+        self._is_updating = True
         learned = self._learner.update(result.samples, advantages)
-        lengths = [len(sample.token_ids) for sample in result.samples]
-        by_group_lengths = np.array(lengths).reshape(-1, config.rollout.group_size)
+        self._is_updating = False
         record = {
             "kind": "iteration",
             "iteration": iteration + 1,
             "policy_version": self._learner.policy_version,
             "reward_mean": _mean_reward(rewards),
             "groups_with_signal": int(np.count_nonzero(np.add.reduceat(np.abs(advantages.values), _starts(group_ids)))),
-            "length_max": max(lengths),
-            "length_mean": float(np.mean(lengths)),
-            "length_group_correlation": length_statistics(
-                by_group_lengths, config.sampling.max_tokens
-            ).group_correlation,
+            **describe_lengths(result.samples, config.sampling.max_tokens),
             **_describe_failures(failures),
             **asdict(result.stats),
             **learned,
@@ -153,12 +152,48 @@ class TrainingRun:
             get_params=lambda: jax.device_get(self._learner.params),
         )
 
-    def _restore(self) -> int:
-        restored = restore_latest(self._run_dir, self._learner.state)
-        if restored is None:
-            return 0
-        self._learner.state, info = restored
-        return info.iteration
+    def _save(self, checkpoints: CheckpointManager, iteration: int) -> None:
+        info = CheckpointInfo(iteration=iteration, seed=self._config.seed, config_sha256=hash_config(self._config))
+        save_checkpoint(checkpoints, self._learner.state, info)
+
+
+def restore_learner(run_dir: Path, learner: Learner, config: RunConfig) -> tuple[int, bool]:
+    """Put a learner where an earlier run stopped.
+
+    Returns:
+        Iterations that are done; 0 if the run has no checkpoint yet. And whether the run was started with this very
+        configuration.
+
+    Raises:
+        ConfigError: If the checkpoint does not fit, or the run is already longer than `train.iterations`.
+    """
+    restored = restore_latest(run_dir, learner.state)
+    if restored is None:
+        return 0, True
+    state, info = restored
+    if info.iteration >= config.train.iterations:
+        hint = f"give more than {info.iteration} to go on"
+        raise ConfigError("train.iterations", f"is {config.train.iterations}, {info.iteration} are done", hint)
+    learner.state = state
+    return info.iteration, info.config_sha256 == hash_config(config)
+
+
+def describe_lengths(samples: Sequence[Sample], max_tokens: int) -> dict[str, float]:
+    """Statistics of response lengths for a record.
+
+    Args:
+        samples: Whole groups of equal size, ordered by request.
+        max_tokens: The generation limit.
+    """
+    lengths = np.array([len(sample.token_ids) for sample in samples])
+    num_groups = len({sample.request_id.group_id for sample in samples})
+    statistics = length_statistics(lengths.reshape(num_groups, -1), max_tokens)
+    return {
+        "length_mean": statistics.mean,
+        "length_max": int(lengths.max()),
+        "length_limit_over_mean": statistics.limit_over_mean,
+        "length_group_correlation": statistics.group_correlation,
+    }
 
 
 def make_sampling(config: RunConfig, stop_token_ids: tuple[int, ...]) -> SamplingParams:

@@ -12,11 +12,12 @@ import pytest
 
 from seer_jax.config.schema import DataConfig, RolloutConfig, RunConfig, SamplingConfig, TrainConfig
 from seer_jax.core.driver import RolloutDriver
+from seer_jax.core.errors import ConfigError
 from seer_jax.core.scheduling import make_policy
 from seer_jax.engine.factory import build_local_cluster
 from seer_jax.engine.rollout import RolloutRunner
 from seer_jax.train.learner import Learner
-from seer_jax.train.loop import TrainingRun
+from seer_jax.train.loop import TrainingRun, restore_learner
 from seer_jax.train.tasks import Prompt
 from tests.engine import tiny
 
@@ -60,6 +61,7 @@ class Outcome:
     result: dict[str, Any]
     records: list[dict[str, Any]]
     params: Any
+    is_same_config: bool
 
 
 def train(
@@ -77,7 +79,8 @@ def train(
         on_record=lambda record: records.append(dict(record)),
         stop_token_ids=(1,),
     )
-    return Outcome(run.run(resume=resume), records, jax.device_get(learner.params))
+    first, is_same = restore_learner(run_dir, learner, config) if resume else (0, True)
+    return Outcome(run.run(first), records, jax.device_get(learner.params), is_same)
 
 
 def iterations(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -105,6 +108,7 @@ def test_resumed_run_ends_with_the_same_weights(outcome: Outcome, tmp_path: Path
     train(tmp_path, half)
     resumed = train(tmp_path, resume=True)
     assert [record["iteration"] for record in iterations(resumed.records)] == [3, 4]
+    assert not resumed.is_same_config  # 4 iterations, not 2
     hashes = [record["output_sha256"] for record in iterations(outcome.records)]
     assert [record["output_sha256"] for record in iterations(resumed.records)] == hashes[2:]
     for got, expected in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(outcome.params), strict=True):
@@ -123,3 +127,26 @@ def test_crash_of_the_reward_function_costs_its_samples_only(tmp_path: Path) -> 
     assert 0 < record["num_reward_failures"] < 32
     assert "no question marks" in record["reward_failures"][0] and "sample (" in record["reward_failures"][0]
     assert np.isfinite(record["reward_mean"]) and np.isfinite(record["grad_norm"]) and record["num_requests"] == 32
+
+
+def test_interrupted_run_keeps_its_finished_iterations(tmp_path: Path) -> None:
+    seen = 0
+
+    def judge(response: str) -> float:
+        nonlocal seen
+        seen += 1
+        if seen > 8 + 3 * 32:
+            raise KeyboardInterrupt
+        return share_of_even_tokens(response)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, task=EvenTokens(judge))
+    resumed = train(tmp_path, resume=True)
+    assert [record["iteration"] for record in iterations(resumed.records)] == [4]
+
+
+def test_resume_of_a_finished_run_says_how_to_go_on(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, iterations=1))
+    train(tmp_path, config)
+    with pytest.raises(ConfigError, match=r"train.iterations: is 1, 1 are done"):
+        train(tmp_path, config, resume=True)

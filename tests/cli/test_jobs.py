@@ -1,0 +1,64 @@
+"""The verbs run for real, small: the shipped preset and checkpoint, in this process."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from seer_jax.cli.main import main
+from seer_jax.config.presets import load_config
+from seer_jax.core.driver import RolloutDriver
+from seer_jax.core.eventlog import replay
+from seer_jax.core.scheduling import make_policy
+
+SMALL = (
+    "--runtime", "local", "--instances", "1", "--json",
+    "--rollout.num-groups", "2", "--rollout.group-size", "4", "--rollout.chunk-size", "16",
+    "--sampling.max-tokens", "40", "--engine.max-model-len", "208", "--engine.max-num-seqs", "4",
+    "--engine.max-prefill-tokens", "32", "--engine.num-pages", "20", "--data.heldout-prompts", "4",
+)  # fmt: skip
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
+    """Run a verb; the object on the last line of stdout."""
+    assert main(argv) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_rollout_compares_policies_and_leaves_samples_and_a_log_that_replays(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    argv = ("rollout", "--compare", "seer,group_round_robin", "--run-dir", str(run_dir), "--engine.deterministic")
+    runs = run(capsys, *argv, *SMALL)["runs"]
+    assert [figures["policy"] for figures in runs] == ["seer", "group_round_robin"]
+    expected = {
+        "policy", "num_requests", "generated_tokens", "rollout_time_s", "tokens_per_s", "tail_time_s",
+        "num_preemptions", "max_kv_utilization", "output_sha256", "length_limit_over_mean", "length_group_correlation",
+    }  # fmt: skip
+    assert all(expected <= figures.keys() for figures in runs)
+    assert runs[0]["output_sha256"] == runs[1]["output_sha256"]
+    assert runs[0]["num_chunks"] > runs[1]["num_chunks"] == 8
+    samples = [json.loads(line) for line in (run_dir / "0-seer" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 8
+    assert all(len(sample["token_ids"]) == len(sample["logprobs"]) for sample in samples)
+    assert all(sample["prompt"].startswith("a") and "=" in sample["response"] for sample in samples)
+    settings = load_config(str(run_dir / "config.yaml")).rollout
+    lines = (run_dir / "0-seer" / "events.jsonl").read_text().splitlines()
+    commands = list(replay(lines, RolloutDriver(make_policy("seer", settings))))
+    assert type(commands[-1]).__name__ == "IterationDone"
+
+
+def test_train_leaves_metrics_checkpoint_and_model_that_can_be_resumed_and_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    result = run(capsys, "train", "--run-dir", str(run_dir), "--train.iterations", "1", *SMALL)
+    expected = {"reward_before", "reward_after", "iterations", "wall_s", "rollout_tokens", "logprob_gap_mean"}
+    assert expected <= result.keys() and result["iterations"] == 1 and result["logprob_gap_mean"] < 1e-5
+    resumed = run(capsys, "train", "--resume", str(run_dir), "--train.iterations", "2", "--json")
+    assert resumed["iterations"] == 1
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in records if record["kind"] == "iteration"] == [1, 2]
+    again = run(capsys, "rollout", "--model.path", str(run_dir / "model"), "--run-dir", str(tmp_path / "again"), *SMALL)
+    assert again["num_requests"] == 8
