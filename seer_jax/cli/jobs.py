@@ -110,9 +110,8 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
     """
     task, model_config, params = _load(config)
     prompts = dict(enumerate(task.make_prompts(config.seed, "train", config.rollout.num_groups)))
-    groups = make_groups(
-        prompts, config.rollout.group_size, make_sampling(config, stop_token_ids(config, model_config)), 0
-    )
+    sampling = make_sampling(config, stop_token_ids(config, model_config))
+    groups = make_groups(prompts, config.rollout.group_size, sampling, iteration=0)
     create_run_dir(options.run_dir, config, resume=False)
     runs: list[dict[str, Any]] = []
     with ExitStack() as stack:

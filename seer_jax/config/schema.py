@@ -99,7 +99,7 @@ class ShardingConfig:
     """Mesh of one instance; the product of the axes is its number of devices."""
 
     data: int = 1
-    """Replicas of attention that share the experts."""
+    """Replicas of attention that share the experts; 1 for now, an instance's rows and cache are not split yet."""
     expert: int = 1
     """Devices that the experts are spread over."""
     tensor: int = 1

@@ -59,7 +59,7 @@ class LoopState(NamedTuple):
 
 
 @cache
-def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int, implementation: str | None = None) -> StepFn:
+def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int) -> StepFn:
     """Build the jitted program of one bucket; engines of one process share it.
 
     A program without prefill tiles runs up to `packed[0] <= max_steps` decode steps in a `while_loop` and leaves it as
@@ -69,7 +69,6 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int, implem
         config: Shapes of the model.
         shape: The bucket.
         max_steps: Bound of the decode steps in one dispatch.
-        implementation: Kernel implementation; None = by platform.
 
     Returns:
         `step(params, caches, packed) -> (caches, outputs)`. Caches are donated. `outputs` is int32
@@ -77,7 +76,7 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int, implem
         of step 0, of step 1, ...
     """
 
-    run_model = partial(_run_model, config=config, shape=shape, implementation=implementation)
+    run_model = partial(_run_model, config=config, shape=shape)
 
     def step(params: Params, caches: Caches, packed: Array) -> tuple[Caches, Array]:
         entries, token_ids = _unpack(packed, shape)
@@ -172,7 +171,6 @@ def _run_model(
     *,
     config: DecoderConfig,
     shape: StepShape,
-    implementation: str | None,
 ) -> tuple[Float[Array, "E M"], Caches]:
     """One forward over the packed tokens; returns the hidden state of every entry's last token, and the caches."""
     num_rows, tile = shape.num_rows, shape.tile
@@ -186,7 +184,7 @@ def _run_model(
     new_caches = list(caches)
 
     def attend(layer: int, queries: mla.MLAQueries, latent: Array, attention_params: Params) -> Array:
-        cache = kv_update(caches[layer], latent.astype(caches[layer].dtype), slots, implementation=implementation)
+        cache = kv_update(caches[layer], latent.astype(caches[layer].dtype), slots)
         new_caches[layer] = cache
         absorbed = mla.absorb_queries(attention_params, queries)
         outputs = []
@@ -204,7 +202,6 @@ def _run_model(
                     count[span],
                     value_width=config.kv_lora_rank,
                     scale=config.softmax_scale,
-                    implementation=implementation,
                 )
                 outputs.append(output.reshape(-1, *output.shape[2:]))
         return mla.unabsorb_values(attention_params, jnp.concatenate(outputs))

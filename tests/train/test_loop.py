@@ -16,9 +16,10 @@ from seer_jax.core.errors import ConfigError
 from seer_jax.core.scheduling import make_policy
 from seer_jax.engine.factory import build_local_cluster
 from seer_jax.engine.rollout import RolloutRunner
+from seer_jax.models.config import DecoderConfig
 from seer_jax.train.learner import Learner
 from seer_jax.train.loop import TrainingRun, restore_learner
-from seer_jax.train.tasks import Prompt
+from seer_jax.train.tasks import Prompt, RewardFunction
 from tests.engine import tiny
 
 CONFIG = RunConfig(
@@ -40,6 +41,12 @@ class EvenTokens:
     """Prompts are random; the reward judges the response alone."""
 
     judge: Callable[[str], float] = share_of_even_tokens
+    max_prompt_tokens: int = 8
+
+    @property
+    def reward_function(self) -> RewardFunction:
+        """Judge."""
+        return lambda prompt, response, record: self.judge(response)
 
     def make_prompts(self, seed: int, split: str, count: int, start: int = 0) -> list[Prompt]:
         """Short prompts, other ones for every split and index."""
@@ -49,9 +56,8 @@ class EvenTokens:
             for i in range(start, start + count)
         ]
 
-    def reward(self, prompt: Prompt, response_text: str) -> float:
-        """Judge."""
-        return self.judge(response_text)
+    def check_tokenizer(self, model: DecoderConfig) -> None:
+        """Any model will do."""
 
 
 @dataclass
