@@ -7,7 +7,7 @@ from seer_jax.train.rewards import compute_rewards
 from seer_jax.train.tasks.chain_sum import ChainSum, make_prompt
 from seer_jax.train.tokenizer import encode
 
-PROMPTS = {4: make_prompt(["a+1", "b+2"]), 7: make_prompt(["y+9", "z-9"])}
+PROMPTS = {4: make_prompt([1, 2]), 7: make_prompt([9, -9])}
 
 
 def sample(group_id, index, text):
