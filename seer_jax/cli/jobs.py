@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,10 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         display = stack.enter_context(ProgressDisplay(enabled=not options.json))
         cluster = stack.enter_context(_open_cluster(config, model_config, params))
+        # One short group per instance, untimed: the first messages and copies of a fresh cluster are slow.
+        short = replace(sampling, max_tokens=min(sampling.max_tokens, 2 * config.rollout.chunk_size))
+        warmup = [replace(group, sampling=short) for group in groups[: config.rollout.instances]]
+        RolloutRunner(cluster, RolloutDriver(make_policy("seer", config.rollout))).run(warmup)
         for index, policy in enumerate(options.policies):
             directory = options.run_dir / f"{index}-{policy}"
             directory.mkdir()

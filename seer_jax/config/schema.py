@@ -66,8 +66,8 @@ class RolloutConfig:
     """Tokens that a request may generate before it goes back to the buffer (8k at the paper's scale)."""
     starvation_interval: int = 64
     """Every so many scheduling decisions one goes to the most underserved group; 0 = never."""
-    prefetch_chunks: int = 2
-    """Chunks placed at an instance beyond its slots, so that a free slot is refilled without asking the controller."""
+    prefetch_chunks: int = 8
+    """Chunks that may queue at an instance, so that free slots and pages are refilled without asking the controller."""
 
 
 @dataclass(frozen=True, kw_only=True)

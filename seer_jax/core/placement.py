@@ -1,7 +1,8 @@
 """Where a chunk runs. The driver's own reservations are the telemetry: exact, immediate and the same on replay."""
 
+import bisect
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from seer_jax.core.kv.page_pool import pages_for_tokens
 from seer_jax.core.types import InstanceInfo, RequestChunk, RequestId
@@ -11,14 +12,19 @@ from seer_jax.core.types import InstanceInfo, RequestChunk, RequestId
 class InstanceLoad:
     """What the driver has sent to an instance and not got back.
 
+    Mirrors the instance's own admission (`core.batching`): a chunk starts when a slot is free and its pages are, else
+    it queues there, by priority; the first in the queue that does not fit blocks those behind it.
+
     Attributes:
         info: What the instance can hold.
         in_flight: Its chunks, running or queued there.
-        num_reserved_pages: Sum over `in_flight`.
+        queued: Those of them that wait for a slot or for pages, in order.
+        num_reserved_pages: Sum over the running ones.
     """
 
     info: InstanceInfo
     in_flight: dict[RequestId, RequestChunk] = field(default_factory=dict)
+    queued: list[RequestId] = field(default_factory=list)
     num_reserved_pages: int = 0
 
     @property
@@ -26,19 +32,40 @@ class InstanceLoad:
         """Longest prompt plus response that the instance can finish when it is otherwise empty."""
         return min(self.info.max_model_len, self.info.num_total_pages * self.info.page_size)
 
+    def can_start(self, num_pages: int) -> bool:
+        """Whether a chunk that reserves so many pages would start at once."""
+        return not self.queued and self._has_room(num_pages)
+
     def add(self, chunk: RequestChunk) -> None:
         """Note a chunk that is sent."""
+        starts = self.can_start(chunk.num_reserved_pages)
         self.in_flight[chunk.request_id] = chunk
-        self.num_reserved_pages += chunk.num_reserved_pages
-        assert self.num_reserved_pages <= self.info.num_total_pages, "reserved more pages than the instance has"
+        if starts:
+            self.num_reserved_pages += chunk.num_reserved_pages
+        else:
+            bisect.insort(self.queued, chunk.request_id, key=lambda request_id: self.in_flight[request_id].priority)
 
     def remove(self, request_id: RequestId) -> None:
-        """Note that a chunk came back."""
-        self.num_reserved_pages -= self.in_flight.pop(request_id).num_reserved_pages
+        """Note that a chunk came back; results may overtake each other, so it may count as queued still."""
+        if request_id in self.queued:
+            self.queued.remove(request_id)
+        else:
+            self.num_reserved_pages -= self.in_flight[request_id].num_reserved_pages
+        del self.in_flight[request_id]
+        while self.queued:
+            num_pages = self.in_flight[self.queued[0]].num_reserved_pages
+            if not self._has_room(num_pages):
+                break
+            del self.queued[0]
+            self.num_reserved_pages += num_pages
 
     def copy(self) -> "InstanceLoad":
         """Copy the bookkeeping; chunks are immutable and shared."""
-        return InstanceLoad(info=self.info, in_flight=dict(self.in_flight), num_reserved_pages=self.num_reserved_pages)
+        return replace(self, in_flight=dict(self.in_flight), queued=list(self.queued))
+
+    def _has_room(self, num_pages: int) -> bool:
+        num_running = len(self.in_flight) - len(self.queued)
+        return num_running < self.info.max_num_seqs and self.num_reserved_pages + num_pages <= self.info.num_total_pages
 
 
 def choose_instance(
@@ -46,29 +73,31 @@ def choose_instance(
 ) -> InstanceLoad | None:
     """Choose the least loaded instance with room for a chunk's whole KV footprint (Algorithm 2, instance choice).
 
-    An instance that can start the chunk at once goes before one where it would queue. Then the smaller share of
-    reserved pages, the fewer chunks, the instance that ran the request last, the smaller id.
+    An instance that can start the chunk at once goes before one where it would queue. Then the shorter queue, the
+    smaller share of reserved pages, the fewer chunks, the instance that ran the request last, the smaller id.
 
     Args:
         loads: The live instances.
         num_tokens: Tokens of the request when the chunk ends, prompt included.
         last_instance_id: Where the request's previous chunk was; None if there was none.
-        prefetch_chunks: Chunks that an instance accepts beyond its slots.
+        prefetch_chunks: Chunks that may queue at an instance.
 
     Returns:
-        The instance, or None if the chunk fits nowhere now.
+        The instance, or None if the chunk can neither start nor queue anywhere now.
     """
     best, best_key = None, None
     for load in loads:
-        info, num_chunks = load.info, len(load.in_flight)
-        if num_chunks >= info.max_num_seqs + prefetch_chunks or num_tokens > info.max_model_len:
+        info, num_pages = load.info, pages_for_tokens(num_tokens, load.info.page_size)
+        if num_tokens > info.max_model_len or num_pages > info.num_total_pages:
             continue
-        if load.num_reserved_pages + pages_for_tokens(num_tokens, info.page_size) > info.num_total_pages:
+        starts = load.can_start(num_pages)
+        if not starts and len(load.queued) >= prefetch_chunks:
             continue
         key = (
-            num_chunks >= info.max_num_seqs,
+            not starts,
+            len(load.queued),
             load.num_reserved_pages / info.num_total_pages,
-            num_chunks,
+            len(load.in_flight),
             info.instance_id != last_instance_id,
             info.instance_id,
         )

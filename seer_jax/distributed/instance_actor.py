@@ -23,6 +23,7 @@ from seer_jax.core.types import InstanceInfo, RequestChunk
 
 REPORT_INTERVAL_S = 0.5
 POLL_TIMEOUT_S = 5.0
+COALESCE_S = 0.01
 FETCH_TIMEOUT_S = 10.0
 
 
@@ -95,6 +96,8 @@ class InstanceActor:
         events: list[Event] = []
         try:
             events.append(self._outbox.get(timeout=POLL_TIMEOUT_S))
+            # Events that come close together share a call; chunks queued beyond the slots bridge the wait.
+            time.sleep(COALESCE_S)
             while True:
                 events.append(self._outbox.get_nowait())
         except queue.Empty:

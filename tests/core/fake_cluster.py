@@ -164,8 +164,11 @@ class FakeCluster:
             assert chunk.num_reserved_pages * info.page_size >= last_token, "the reservation does not hold the chunk"
         self._in_flight[instance_id, chunk.request_id] = chunk
         here = [other for key, other in self._in_flight.items() if key[0] == instance_id]
-        assert sum(other.num_reserved_pages for other in here) <= info.num_total_pages, "pages reserved twice"
-        assert self.max_queued is None or len(here) <= info.max_num_seqs + self.max_queued
+        queued = self.driver.loads[instance_id].queued
+        running = [other for other in here if other.request_id not in queued]
+        assert sum(other.num_reserved_pages for other in running) <= info.num_total_pages, "pages reserved twice"
+        assert len(running) <= info.max_num_seqs, "slots given twice"
+        assert self.max_queued is None or len(queued) <= self.max_queued
         self._num_sent += 1
         heapq.heappush(self._queue, (self._now + self._rng.expovariate(1.0), self._num_sent, instance_id, chunk))
 

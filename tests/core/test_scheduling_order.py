@@ -1,5 +1,6 @@
 """Seer's picks equal a brute-force reading of Algorithm 2, and no group starves while the safeguard is on."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import pytest
@@ -31,6 +32,7 @@ class Algorithm2:
         self.scenario, self.oracle = scenario, oracle
         self.infos: dict[int, InstanceInfo] = {info.instance_id: info for info in scenario.infos}
         self.in_flight: dict[tuple[int, RequestId], RequestChunk] = {}
+        self.queued: dict[int, list[RequestChunk]] = defaultdict(list)
         self.limits = {group.group_id: group.sampling.max_tokens for group in scenario.groups}
         self.prompts = {group.group_id: len(group.prompt_token_ids) for group in scenario.groups}
         self.waiting = {
@@ -56,6 +58,7 @@ class Algorithm2:
                     self.wait(key[1], len(chunk.token_ids) - chunk.num_prompt_tokens)
             case ChunkFinished() if event.instance_id in self.infos:
                 chunk = self.in_flight.pop((event.instance_id, event.request_id))
+                self.leave(event.instance_id, chunk)
                 if event.finish_reason == "chunk":
                     generated = len(chunk.token_ids) - chunk.num_prompt_tokens + len(event.token_ids)
                     self.wait(event.request_id, generated)
@@ -66,12 +69,41 @@ class Algorithm2:
             if isinstance(command, StartChunk):
                 name = command.chunk.request_id
                 assert (name, command.instance_id) == self.next_decision()
+                if not self.can_start(command.instance_id, command.chunk.num_reserved_pages):
+                    queue = self.queued[command.instance_id]
+                    queue.append(command.chunk)
+                    queue.sort(key=lambda chunk: chunk.priority)
                 self.in_flight[command.instance_id, name] = command.chunk
                 self.last_instance[name] = command.instance_id
                 del self.waiting[name]
                 self.num_decisions += 1
                 self.touch(name.group_id)
         assert self.next_decision() is None, "the driver stopped although the next chunk fits"
+
+    def running(self, instance_id: int) -> list[RequestChunk]:
+        here = [chunk for key, chunk in self.in_flight.items() if key[0] == instance_id]
+        return [chunk for chunk in here if chunk not in self.queued[instance_id]]
+
+    def can_start(self, instance_id: int, num_pages: int) -> bool:
+        running, info = self.running(instance_id), self.infos[instance_id]
+        pages = num_pages + sum(chunk.num_reserved_pages for chunk in running)
+        return not self.queued[instance_id] and len(running) < info.max_num_seqs and pages <= info.num_total_pages
+
+    def leave(self, instance_id: int, chunk: RequestChunk) -> None:
+        queue = self.queued[instance_id]
+        if chunk in queue:
+            queue.remove(chunk)
+        waiting, self.queued[instance_id] = list(queue), []
+        for index, first in enumerate(waiting):
+            self.queued[instance_id] = waiting[index:]
+            reserved = sum(other.num_reserved_pages for other in self.running(instance_id))
+            info = self.infos[instance_id]
+            if (
+                len(self.running(instance_id)) >= info.max_num_seqs
+                or reserved + first.num_reserved_pages > info.num_total_pages
+            ):
+                return
+            self.queued[instance_id] = waiting[index + 1 :]
 
     def wait(self, name: RequestId, generated: int) -> None:
         if all(other.group_id != name.group_id for other in self.waiting):
@@ -100,17 +132,16 @@ class Algorithm2:
         total = self.prompts[name.group_id] + generated + num_new
         candidates = []
         for instance_id, info in self.infos.items():
-            here = [chunk for key, chunk in self.in_flight.items() if key[0] == instance_id]
-            reserved = sum(chunk.num_reserved_pages for chunk in here)
-            has_slot = len(here) < info.max_num_seqs + self.scenario.prefetch_chunks
-            if (
-                has_slot
-                and reserved + -(-total // info.page_size) <= info.num_total_pages
-                and total <= info.max_model_len
-            ):
-                waits = len(here) >= info.max_num_seqs
+            num_pages, num_queued = -(-total // info.page_size), len(self.queued[instance_id])
+            if total > info.max_model_len or num_pages > info.num_total_pages:
+                continue
+            waits = not self.can_start(instance_id, num_pages)
+            if not waits or num_queued < self.scenario.prefetch_chunks:
+                reserved = sum(chunk.num_reserved_pages for chunk in self.running(instance_id))
+                num_here = sum(key[0] == instance_id for key in self.in_flight)
                 moves = self.last_instance.get(name) != instance_id
-                candidates.append((waits, reserved / info.num_total_pages, len(here), moves, instance_id))
+                share = reserved / info.num_total_pages
+                candidates.append((waits, num_queued, share, num_here, moves, instance_id))
         return (name, min(candidates)[-1]) if candidates else None
 
     def estimate(self, name: RequestId) -> int:
