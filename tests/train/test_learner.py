@@ -240,7 +240,12 @@ def test_the_routers_bias_is_frozen_only_matrices_decay_and_bfloat16_runs_update
 
 def test_minibatches_each_take_an_optimizer_step_in_one_policy_version_and_one_trace(monkeypatch):
     traced, forward = [], decoder.forward_train
-    monkeypatch.setattr(decoder, "forward_train", lambda *args: traced.append(args[2].shape) or forward(*args))
+
+    def record(*args, **kwargs):
+        traced.append(args[2].shape)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(decoder, "forward_train", record)
     params = make_params()
     learner = make_learner(params, num_minibatches=3)
     for version in range(2):
@@ -265,7 +270,7 @@ def test_the_kl_penalty_refers_to_the_initial_weights():
 
 
 def test_logits_in_pieces_give_the_same_log_probabilities_and_gradients(monkeypatch):
-    monkeypatch.setattr(decoder, "forward_train", lambda params, _, token_ids: params["embed"][token_ids])
+    monkeypatch.setattr(decoder, "forward_train", lambda params, _, token_ids, **__: params["embed"][token_ids])
     params = jax.tree.map(jnp.asarray, make_params())
     token_ids = jnp.asarray(np.random.default_rng(0).integers(0, 31, (3, 20)), jnp.int32)
 
