@@ -80,8 +80,7 @@ class Engine:
         self._caches = [
             jnp.zeros(cache_shape, dtype, device=cache_sharding) for _ in range(model_config.num_hidden_layers)
         ]
-        self._num_steps = self._num_dispatches = 0
-        self._host_time_s = self._device_time_s = 0.0
+        self._reset_measurements()
 
     def submit(self, chunk: RequestChunk) -> None:
         """Queue a chunk. The `ref` of its KV handle is a `HostKV`, or None if the KV could not be had.
@@ -148,8 +147,7 @@ class Engine:
             self.params = self._place(params)
         self.policy_version = policy_version
         self._planner.reset_counters()
-        self._num_steps = self._num_dispatches = 0
-        self._host_time_s = self._device_time_s = 0.0
+        self._reset_measurements()
 
     def warmup(self, *, num_peers: int = 1, truncates: bool = False) -> int:
         """Compile every program before the clock starts; returns how many there are.
@@ -170,6 +168,10 @@ class Engine:
         step = make_step(self.model_config, shape, max_steps=self.config.max_steps_per_dispatch)
         self._caches, outputs = step(self.params, self._caches, packed)
         return np.asarray(outputs)
+
+    def _reset_measurements(self) -> None:
+        self._num_steps = self._num_dispatches = 0
+        self._host_time_s = self._device_time_s = 0.0
 
     def _place(self, params: Mapping[str, Any]) -> Any:
         return jax.device_put(params, self._param_shardings)
