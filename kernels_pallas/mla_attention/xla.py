@@ -12,7 +12,7 @@ BLOCK_TOKENS = 128
 """Least context of a work item: 40 KB of float32 rows 80 wide, well inside a core's cache."""
 MAX_BLOCKS = 64
 """Most work items per tile: bounds the partial results that wait to be combined."""
-MIN_ITEMS = 4
+MIN_ITEMS = 2
 """Least work items per trip round the loop."""
 
 

@@ -5,6 +5,7 @@ never preempted) and chunks that grow on demand (the baseline: the youngest is p
 """
 
 import bisect
+from collections.abc import Container
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -64,6 +65,11 @@ class Sequence:
         return self.num_tokens - self.num_computed
 
     @property
+    def num_sharable(self) -> int:
+        """Leading tokens whose KV a sibling with the same prompt could give; the newest token is always computed."""
+        return min(self.chunk.num_prompt_tokens, self.num_tokens - 1)
+
+    @property
     def finish_reason(self) -> str | None:
         """None while running, else "stop", "length" or "chunk"."""
         if self.num_new and self.token_ids[self.num_tokens - 1] in self.chunk.sampling.stop_token_ids:
@@ -103,17 +109,20 @@ class StepPlan:
         decodes: Sequences with one pending token.
         prefills: Slices of sequences with more.
         num_steps: Decode steps at most before the host must look again.
+        copies: (source page, target page) to be copied in all layers before the step.
     """
 
     decodes: SequenceOf[Sequence]
     prefills: SequenceOf[PrefillSlice]
     num_steps: int
+    copies: SequenceOf[tuple[int, int]] = ()
 
 
 class BatchPlanner:
     """Admits chunks, hands out pages, plans steps, books results.
 
-    A cycle is `admit` (then import KV of the admitted), `plan`, run, `commit`, `release` of what finished.
+    A cycle is `admit` (then import KV of the admitted), `plan`, run, `commit`, `release` of what finished. While a
+    member of a group runs, the others copy the KV of its prompt instead of computing it again.
 
     Invariants: pages are owned by running sequences only; a sequence with reserved pages is never preempted; a running
     sequence has a page for every position that the planned steps write.
@@ -137,7 +146,8 @@ class BatchPlanner:
         self.max_prefill_tokens, self.prefill_tile = max_prefill_tokens, prefill_tile
         self.max_steps_per_dispatch = max_steps_per_dispatch
         self._arrivals = 0
-        self.num_preemptions = self.num_prefilled_tokens = self.num_reprefilled_tokens = self.num_generated_tokens = 0
+        self.num_preemptions = self.num_generated_tokens = 0
+        self.num_prefilled_tokens = self.num_reprefilled_tokens = self.num_shared_tokens = 0
         self.max_used_pages = 0
 
     def add(self, chunk: RequestChunk) -> None:
@@ -170,7 +180,14 @@ class BatchPlanner:
         """Plan the next dispatch; None when nothing runs. May preempt growing sequences, youngest first."""
         num_steps = self._grow_pages()
         decodes, prefills, budget, is_prefilling = [], [], self.max_prefill_tokens, False
+        copied: dict[Sequence, list[tuple[int, int]]] = {}
         for sequence in self.running:
+            leader = self._find_prompt_leader(sequence, copied)
+            if leader is not sequence:
+                if leader.num_computed < sequence.num_sharable:
+                    is_prefilling = True
+                    continue
+                copied[sequence] = self._copy_prompt(leader, sequence)
             if sequence.num_pending == 1:
                 decodes.append(sequence)
                 continue
@@ -181,7 +198,8 @@ class BatchPlanner:
                 budget -= -(-count // self.prefill_tile) * self.prefill_tile
         if not decodes and not prefills:
             return None
-        return StepPlan(decodes=decodes, prefills=prefills, num_steps=1 if is_prefilling else num_steps)
+        copies = [copy for pages in copied.values() for copy in pages]
+        return StepPlan(decodes=decodes, prefills=prefills, num_steps=1 if is_prefilling else num_steps, copies=copies)
 
     def commit(self, plan: StepPlan, emitted: dict[Sequence, tuple[np.ndarray, np.ndarray]]) -> list[Sequence]:
         """Book what a dispatch computed.
@@ -225,6 +243,7 @@ class BatchPlanner:
             num_generated_tokens=self.num_generated_tokens,
             num_prefilled_tokens=self.num_prefilled_tokens,
             num_reprefilled_tokens=self.num_reprefilled_tokens,
+            num_shared_tokens=self.num_shared_tokens,
             num_preemptions=self.num_preemptions,
             max_kv_utilization=self.max_used_pages / self.pool.num_total_pages,
             **measured,
@@ -232,7 +251,8 @@ class BatchPlanner:
 
     def reset_counters(self) -> None:
         """Start the counters of a new iteration."""
-        self.num_preemptions = self.num_prefilled_tokens = self.num_reprefilled_tokens = self.num_generated_tokens = 0
+        self.num_preemptions = self.num_generated_tokens = 0
+        self.num_prefilled_tokens = self.num_reprefilled_tokens = self.num_shared_tokens = 0
         self.max_used_pages = 0
 
     def _grow_pages(self) -> int:
@@ -256,6 +276,29 @@ class BatchPlanner:
         """Pages that `num_steps` decode steps write beyond those owned; step k writes position num_tokens + k - 2."""
         last = min(sequence.num_tokens + num_steps - 1, sequence.limit)
         return max(0, self.pool.pages_for(last) - len(sequence.pages))
+
+    def _find_prompt_leader(self, sequence: Sequence, excluded: Container[Sequence]) -> Sequence:
+        """Return the sibling that is furthest with the prompt that a sequence still lacks; itself if none is ahead."""
+        if sequence.num_computed >= sequence.num_sharable:
+            return sequence
+        prompt = sequence.chunk.token_ids[: sequence.num_sharable]
+        siblings = [
+            other
+            for other in self.running
+            if other.chunk.request_id.group_id == sequence.chunk.request_id.group_id
+            and other not in excluded
+            and np.array_equal(other.token_ids[: min(len(prompt), other.num_tokens)], prompt)
+        ]
+        return max(siblings, key=lambda other: other.num_computed)
+
+    def _copy_prompt(self, leader: Sequence, sequence: Sequence) -> list[tuple[int, int]]:
+        """Take over a sibling's prompt KV; returns the pages to copy. Tokens past the prompt are overwritten later."""
+        count = sequence.num_sharable
+        num_pages = self.pool.pages_for(count)
+        self.num_shared_tokens += count - sequence.num_computed
+        sequence.num_lost = max(0, sequence.num_lost - (count - sequence.num_computed))
+        sequence.num_computed = count
+        return list(zip(leader.pages[:num_pages], sequence.pages[:num_pages], strict=True))
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -119,7 +119,13 @@ class InstanceInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceStatus:
-    """Telemetry of one instance; counters run from the start of the iteration."""
+    """Telemetry of one instance; counters run from the start of the iteration.
+
+    Attributes:
+        num_prefilled_tokens: Tokens whose KV was computed in prefill slices.
+        num_reprefilled_tokens: Those of them whose KV had existed before and was lost.
+        num_shared_tokens: Prompt tokens whose KV was copied from a sibling on the instance instead.
+    """
 
     instance_id: int
     num_running: int
@@ -130,6 +136,7 @@ class InstanceStatus:
     num_generated_tokens: int = 0
     num_prefilled_tokens: int = 0
     num_reprefilled_tokens: int = 0
+    num_shared_tokens: int = 0
     num_preemptions: int = 0
     num_steps: int = 0
     num_dispatches: int = 0

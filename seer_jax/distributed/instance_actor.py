@@ -7,6 +7,7 @@ KV, so no Ray call sits between two decode steps. jax is imported after the proc
 import logging
 import os
 import queue
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -23,12 +24,15 @@ from seer_jax.core.types import InstanceInfo, RequestChunk
 
 REPORT_INTERVAL_S = 0.5
 POLL_TIMEOUT_S = 5.0
-COALESCE_S = 0.01
+LINGER_S = 0.01
+"""How long `poll` waits for more events to share its call while the instance needs chunks soon."""
+LINGER_BUSY_S = 0.05
+"""The same while it has chunks queued for half of the prefetch."""
 FETCH_TIMEOUT_S = 10.0
 
 
 class InstanceActor:
-    """Owns an engine; `send` and `start_iteration` feed it, `poll` returns what happened.
+    """Owns an engine; `send`, `poll` and `start_iteration` feed it, `poll` returns what happened.
 
     `ray_cluster` makes it an actor, whose calls run on a shared pool of three threads.
     """
@@ -64,6 +68,8 @@ class InstanceActor:
         self._engine = build_engine(config, model_config, params, instance_id=instance_id)
         self._inbox: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._is_urgent = threading.Event()
+        self._many_queued = max(1, config.rollout.prefetch_chunks // 2)
         self._transfers = ThreadPoolExecutor(2, "transfers")
         self._thread = ThreadPoolExecutor(1, "engine").submit(self._serve)
         return self._engine.info
@@ -89,15 +95,16 @@ class InstanceActor:
             else:
                 self._transfer(self._fetch, chunk)
 
-    def poll(self) -> list[Event]:
-        """Wait for events, at most `POLL_TIMEOUT_S`; raises what the engine raised."""
+    def poll(self, chunks: Sequence[RequestChunk]) -> list[Event]:
+        """Queue chunks, then wait for events, at most `POLL_TIMEOUT_S`; raises what the engine raised."""
+        self.send(chunks)
         if self._thread.done():
             self._thread.result()
         events: list[Event] = []
         try:
             events.append(self._outbox.get(timeout=POLL_TIMEOUT_S))
-            # Events that come close together share a call; chunks queued beyond the slots bridge the wait.
-            time.sleep(COALESCE_S)
+            self._is_urgent.wait(LINGER_BUSY_S if self._engine.num_queued >= self._many_queued else LINGER_S)
+            self._is_urgent.clear()
             while True:
                 events.append(self._outbox.get_nowait())
         except queue.Empty:
@@ -119,6 +126,8 @@ class InstanceActor:
                     self._outbox.put(event)
                 else:
                     self._transfer(self._publish, event)
+            if not engine.has_work:
+                self._is_urgent.set()
 
     def _transfer(self, move: Callable[[Any], None], item: RequestChunk | ChunkFinished) -> None:
         """Run `move(item)` on a transfer thread; what it raises, the engine's thread raises again for `poll`."""
@@ -141,6 +150,7 @@ class InstanceActor:
             logging.warning("KV of %s is dropped and will be computed again: %s", event.request_id, error)
             kv = None
         self._outbox.put(replace(event, kv=kv))
+        self._is_urgent.set()  # The request could go on at once.
 
 
 def _share_of_cores(instance_id: int, num_instances: int) -> list[int]:

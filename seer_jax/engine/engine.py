@@ -100,6 +100,11 @@ class Engine:
         """Whether any chunk runs or waits."""
         return bool(self._planner.running or self._planner.waiting)
 
+    @property
+    def num_queued(self) -> int:
+        """Chunks that wait for a slot or for pages."""
+        return len(self._planner.waiting)
+
     def step(self) -> list[ChunkFinished]:
         """Run one dispatch: admit, plan, launch, book. Returns the chunks that ended."""
         started = time.perf_counter()
@@ -108,6 +113,8 @@ class Engine:
         plan = self._planner.plan()
         if plan is None:
             return []
+        if plan.copies:
+            self._caches = self._transfer.copy_pages(self._caches, plan.copies)
         rows, tiles = split_entries(plan, self._buckets.tile)
         shape = self._buckets.pick(rows, tiles)
         packed = pack(rows, tiles, shape, plan.num_steps)

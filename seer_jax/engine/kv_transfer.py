@@ -1,5 +1,6 @@
-"""KV of a paused request as host arrays, so that its next chunk continues on any instance without re-prefill."""
+"""Copies of KV pages: to the host and back, so that a paused request continues on any instance, and on the device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +28,7 @@ class HostKV:
 
 
 class KVTransfer:
-    """Copies pages between device caches and host, at a few bucketed sizes."""
+    """Copies pages within device caches and between them and the host, at a few bucketed sizes."""
 
     def __init__(self, max_pages: int) -> None:
         self._buckets = geometric_buckets(min(4, max_pages), max_pages)
@@ -37,6 +38,7 @@ class KVTransfer:
         for bucket in self._buckets:
             pages = [0] * bucket
             caches = self.import_pages(caches, pages, self.export_pages(caches, pages))
+            caches = self.copy_pages(caches, [(0, 0)] * bucket)
         return caches
 
     def export_pages(self, caches: list[jax.Array], pages: list[int]) -> np.ndarray:
@@ -59,7 +61,15 @@ class KVTransfer:
         padded[:, : len(pages)] = data
         return _scatter(caches, padded_pages, padded)
 
-    def _pad(self, pages: list[int]) -> np.ndarray:
+    def copy_pages(self, caches: list[jax.Array], copies: Sequence[tuple[int, int]]) -> list[jax.Array]:
+        """Copy source page to target page in all layers of the (donated) caches; no target is also a source."""
+        most = self._buckets[-1]
+        for first in range(0, len(copies), most):
+            sources, targets = zip(*copies[first : first + most], strict=True)
+            caches = _copy(caches, self._pad(sources), self._pad(targets))
+        return caches
+
+    def _pad(self, pages: Sequence[int]) -> np.ndarray:
         padded = np.zeros(pick_bucket(len(pages), self._buckets), np.int32)
         padded[: len(pages)] = pages
         return padded
@@ -73,3 +83,8 @@ def _gather(caches: list[jax.Array], pages: jax.Array) -> jax.Array:
 @partial(jax.jit, donate_argnums=0)
 def _scatter(caches: list[jax.Array], pages: jax.Array, data: jax.Array) -> list[jax.Array]:
     return [cache.at[pages].set(layer) for cache, layer in zip(caches, data, strict=True)]
+
+
+@partial(jax.jit, donate_argnums=0)
+def _copy(caches: list[jax.Array], sources: jax.Array, targets: jax.Array) -> list[jax.Array]:
+    return [cache.at[targets].set(cache[sources]) for cache in caches]

@@ -25,6 +25,9 @@ class RolloutStats:
 
     Attributes:
         tail_time_s: From the end of the 90th percentile request to the end of the rollout.
+        prefilled_tokens: Tokens whose KV was computed in prefill slices.
+        reprefilled_tokens: Those of them whose KV had existed before and was lost.
+        shared_tokens: Prompt tokens whose KV was copied from a sibling instead.
         max_kv_utilization: Highest share of pages in use at any instance.
     """
 
@@ -37,6 +40,7 @@ class RolloutStats:
     num_chunks: int
     prefilled_tokens: int
     reprefilled_tokens: int
+    shared_tokens: int
     max_kv_utilization: float
     host_time_share: float
     output_sha256: str
@@ -162,6 +166,7 @@ def summarize(
         num_chunks=sum(sample.num_chunks for sample in samples),
         prefilled_tokens=sum(s.num_prefilled_tokens for s in statuses),
         reprefilled_tokens=sum(s.num_reprefilled_tokens for s in statuses),
+        shared_tokens=sum(s.num_shared_tokens for s in statuses),
         max_kv_utilization=max((s.max_kv_utilization for s in statuses), default=0.0),
         host_time_share=sum(s.host_time_s for s in statuses) / busy_s if busy_s else 0.0,
         output_sha256=output_sha256(list(samples)),

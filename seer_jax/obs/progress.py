@@ -30,7 +30,7 @@ class ProgressDisplay:
         console = console or Console(stderr=True)
         self.num_requests = 0
         self.num_finished = 0
-        self.title = ""
+        self._policy_version = 0
         self._elapsed_s = 0.0
         self._statuses: dict[int, InstanceStatus] = {}
         self._live = (
@@ -51,6 +51,7 @@ class ProgressDisplay:
         if isinstance(event, GroupsSubmitted):
             self.num_requests = sum(group.group_size for group in event.groups)
             self.num_finished = 0
+            self._policy_version = event.policy_version
             self._statuses = {}
         elif isinstance(event, InstanceReport):
             # Replaced, never changed: the display's own thread may be reading it.
@@ -74,7 +75,7 @@ class ProgressDisplay:
             )
         tokens = sum(status.num_generated_tokens for status in self._statuses.values())
         whole = f"{self.num_finished}/{self.num_requests} responses, {tokens:,} tokens, {self._rate(tokens)} tokens/s"
-        return Group(Text(f"{self.title}  {whole}" if self.title else whole), table)
+        return Group(Text(f"policy version {self._policy_version}: {whole}"), table)
 
     def _rate(self, tokens: int) -> str:
         return f"{tokens / self._elapsed_s:,.0f}" if self._elapsed_s > 0 else "-"

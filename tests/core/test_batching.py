@@ -1,5 +1,7 @@
 """The batch planner: pages, preemption, order, progress."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -48,6 +50,34 @@ def run(planner: BatchPlanner, plan: StepPlan, token: int = 1) -> list[Sequence]
     return planner.commit(plan, emitted)
 
 
+class FakeCache:
+    """What the pages hold, as the device would see it: the token whose KV lies in every slot."""
+
+    def __init__(self, planner: BatchPlanner) -> None:
+        self._planner = planner
+        self._slots = np.full((planner.pool.num_pages, PAGE_SIZE), -1)
+
+    def run(self, plan: StepPlan) -> list[Sequence]:
+        """Like `run`; every query must find its whole context in its pages."""
+        self._slots[[target for _, target in plan.copies]] = self._slots[[source for source, _ in plan.copies]]
+        written = {s: (s.num_tokens - 1, s.num_tokens) for s in plan.decodes}
+        written |= {piece.sequence: (piece.start, piece.start + piece.count) for piece in plan.prefills}
+        for sequence, (start, stop) in written.items():
+            self._write(sequence, start, stop)
+            assert [self._slots[self._at(sequence, i)] for i in range(stop)] == sequence.token_ids[:stop].tolist()
+        finished = run(self._planner, plan)
+        for sequence, (_, stop) in written.items():
+            self._write(sequence, stop, sequence.num_computed)  # What the later steps of the dispatch computed.
+        return finished
+
+    def _write(self, sequence: Sequence, start: int, stop: int) -> None:
+        for position in range(start, stop):
+            self._slots[self._at(sequence, position)] = sequence.token_ids[position]
+
+    def _at(self, sequence: Sequence, position: int) -> tuple[int, int]:
+        return sequence.pages[position // PAGE_SIZE], position % PAGE_SIZE
+
+
 def check_pages(planner: BatchPlanner) -> None:
     """Every page is free or owned by exactly one running sequence, and every planned position has one."""
     owned = [page for sequence in planner.running for page in sequence.pages]
@@ -61,10 +91,11 @@ def check_pages(planner: BatchPlanner) -> None:
     st.integers(13, 40),
     st.integers(1, 5),
 )
-def test_every_chunk_finishes_and_no_page_is_shared_or_lost(
+def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_shared_or_lost(
     chunks: list[tuple[int, int, bool]], num_pages: int, max_num_seqs: int
 ) -> None:
     planner = make_planner(num_pages, max_num_seqs)
+    cache = FakeCache(planner)
     for index, (prompt, max_new, reserve) in enumerate(chunks):
         planner.add(make_chunk(index, prompt, max_new, reserve=reserve))
     lengths = {}
@@ -81,11 +112,40 @@ def test_every_chunk_finishes_and_no_page_is_shared_or_lost(
         for piece in plan.prefills:
             assert piece.start + piece.count <= len(piece.sequence.pages) * PAGE_SIZE
         assert sum(-(-piece.count // 4) * 4 for piece in plan.prefills) <= 16 + 3
-        for sequence in run(planner, plan):
+        for sequence in cache.run(plan):
             lengths[sequence.chunk.request_id.index] = sequence.num_new
             planner.release(sequence)
     assert lengths == {index: max_new for index, (_, max_new, _) in enumerate(chunks)}
     assert planner.pool.num_free_pages == num_pages and not planner.running and not planner.waiting
+
+
+def test_prompt_of_a_group_is_computed_once_and_copied_when_complete() -> None:
+    planner = make_planner()
+    cache = FakeCache(planner)
+    for index in range(3):
+        planner.add(make_chunk(index, prompt=21, reserve=True))
+    leader, *followers = planner.admit()
+    for count in (16, 5):  # The others wait for the leader, whose prompt takes two steps.
+        plan = planner.plan()
+        assert [(piece.sequence, piece.count) for piece in plan.prefills] == [(leader, count)]
+        assert not plan.decodes and not plan.copies
+        cache.run(plan)
+    plan = planner.plan()
+    assert plan.decodes == [leader, *followers] and not plan.prefills
+    # 20 tokens are copied, 5 pages each; the 21st is computed, because the next token is drawn from it.
+    assert plan.copies == [pair for s in followers for pair in zip(leader.pages[:5], s.pages[:5], strict=True)]
+    assert planner.num_prefilled_tokens == 21 and planner.num_shared_tokens == 2 * 20
+    cache.run(plan)
+
+
+def test_prompts_are_compared_by_their_tokens() -> None:
+    planner = make_planner()
+    chunk = make_chunk(0, prompt=8, reserve=True)
+    planner.add(chunk)
+    planner.add(replace(make_chunk(1, prompt=8, reserve=True), token_ids=chunk.token_ids[::-1].copy()))
+    planner.admit()
+    run(planner, planner.plan())
+    assert planner.num_prefilled_tokens == 16 and planner.num_shared_tokens == 0
 
 
 def test_reserved_chunks_are_never_preempted_and_hold_their_pages_from_admission() -> None:

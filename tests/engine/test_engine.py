@@ -150,13 +150,54 @@ def test_deterministic_mode_is_bitwise_independent_of_batch_chunking_and_preempt
         assert results[i].logprobs.tobytes() == expected[i].logprobs.tobytes()
 
 
+def test_siblings_copy_the_prompt_of_the_first_and_return_the_tokens_of_cacheless_decoding() -> None:
+    engine = make_engine()
+    prompt = tiny.prompt(0, 27)  # longer than a step's prefill budget, and its last page is partial
+    chunks = [tiny.chunk(prompt, index=i) for i in range(6)]  # more than slots: the last two find the prompt computed
+    for chunk in chunks:
+        engine.submit(chunk)
+    results = tiny.drain(engine)
+    for i, chunk in enumerate(chunks):
+        tokens, logprobs = tiny.reference_decode(chunk)
+        assert results[i].token_ids.tolist() == tokens
+        np.testing.assert_allclose(results[i].logprobs, logprobs, atol=1e-4)
+    status = engine.status()
+    # The first is a step ahead and ends a step before the others, so the fifth finds somebody to copy from.
+    assert status.num_prefilled_tokens == 27 and status.num_shared_tokens == 5 * 26
+
+
+def test_copied_prompt_gives_the_same_bits_in_deterministic_mode() -> None:
+    alone, crowded = make_engine(deterministic=True), make_engine(deterministic=True)
+    chunks = [tiny.chunk(tiny.prompt(0, 11), index=i) for i in range(3)]
+    expected = {}
+    for chunk in chunks:
+        alone.submit(chunk)
+        expected |= tiny.drain(alone)
+        crowded.submit(chunk)
+    results = tiny.drain(crowded)
+    assert alone.status().num_shared_tokens == 0 and crowded.status().num_shared_tokens == 2 * 10
+    for i in range(3):
+        assert results[i].token_ids.tolist() == expected[i].token_ids.tolist()
+        assert results[i].logprobs.tobytes() == expected[i].logprobs.tobytes()
+
+
 def test_no_program_is_compiled_after_warmup() -> None:
-    engine = make_engine(max_prefill_tokens=32)
-    num_programs = engine.warmup()
-    for i in range(9):
-        engine.submit(tiny.chunk(tiny.prompt(i, 2 + 8 * i), index=i))
-    compiled = count_compilations(lambda: tiny.drain(engine))
-    assert num_programs == 4 and compiled == 0
+    # A size that no other test compiles, so that the count is known to see compilations at all.
+    engine = make_engine(max_prefill_tokens=32, num_pages=90)
+    assert count_compilations(engine.warmup) >= 4
+
+    def use_everything() -> None:
+        prompts = [tiny.prompt(i // 2, 2 + 8 * (i // 2)) for i in range(14)]
+        for i, prompt in enumerate(prompts):
+            engine.submit(tiny.chunk(prompt, index=i, max_chunk=7))
+        paused = tiny.drain(engine)
+        assert engine.status().num_shared_tokens > 0
+        for i, event in paused.items():
+            known = np.concatenate([prompts[i], event.token_ids])
+            engine.submit(tiny.chunk(known, num_prompt=len(prompts[i]), index=i, chunk_index=1, kv=event.kv))
+        tiny.drain(engine)
+
+    assert count_compilations(use_everything) == 0
 
 
 def test_chunk_of_another_policy_version_is_refused() -> None:

@@ -66,7 +66,7 @@ def test_progress_shows_each_instance_and_the_whole():
     display.on_event(1.5, report(0), [])
     display.on_event(2.0, report(1), [emitted(), emitted(), IterationDone()])
     lines = rendered(display).splitlines()
-    assert lines[0] == "2/8 responses, 2,000 tokens, 1,000 tokens/s"
+    assert lines[0] == "policy version 0: 2/8 responses, 2,000 tokens, 1,000 tokens/s"
     assert lines[2].split()[:4] == ["0", "3", "5", "75%"]
     assert lines[3].split()[:4] == ["1", "3", "5", "75%"]
     assert lines[3].split()[-1] == "500"
@@ -76,9 +76,8 @@ def test_a_new_iteration_starts_from_zero():
     display = ProgressDisplay(enabled=False)
     display.on_event(0.0, submitted(2), [])
     display.on_event(2.0, report(1), [emitted()])
-    display.title = "iteration 2"
     display.on_event(0.0, submitted(3), [])
-    assert rendered(display).startswith("iteration 2  0/12 responses, 0 tokens, - tokens/s")
+    assert rendered(display).startswith("policy version 0: 0/12 responses, 0 tokens, - tokens/s")
 
 
 @pytest.mark.parametrize(
