@@ -117,9 +117,9 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         display = stack.enter_context(ProgressDisplay(enabled=not options.json))
         cluster = stack.enter_context(_open_cluster(config, model_config, params))
-        # One short group per instance, untimed: the first messages and copies of a fresh cluster are slow.
+        # A few short groups per instance, untimed: the first messages and copies of a fresh cluster are slow.
         short = replace(sampling, max_tokens=min(sampling.max_tokens, 2 * config.rollout.chunk_size))
-        warmup = [replace(group, sampling=short) for group in groups[: config.rollout.instances]]
+        warmup = [replace(group, sampling=short) for group in groups[: 4 * config.rollout.instances]]
         RolloutRunner(cluster, RolloutDriver(make_policy("seer", config.rollout))).run(warmup)
         for index, policy in enumerate(options.policies):
             directory = options.run_dir / f"{index}-{policy}"

@@ -5,6 +5,7 @@ never preempted) and chunks that grow on demand (the baseline: the youngest is p
 """
 
 import bisect
+from collections import OrderedDict
 from collections.abc import Container
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 
 from seer_jax.core.errors import ProtocolError
 from seer_jax.core.kv.page_pool import PagePool
-from seer_jax.core.types import InstanceInfo, InstanceStatus, RequestChunk
+from seer_jax.core.types import InstanceInfo, InstanceStatus, RequestChunk, RequestId
 
 
 @dataclass(eq=False)
@@ -78,6 +79,11 @@ class Sequence:
             return "length"
         return "chunk" if self.num_tokens >= self.limit else None
 
+    def note_kv(self, num_tokens: int) -> None:
+        """Note that the KV of so many leading tokens lies in the pages without having been computed here."""
+        self.num_lost = max(0, self.num_lost - (num_tokens - self.num_computed))
+        self.num_computed = num_tokens
+
     def extend(self, token_ids: np.ndarray, logprobs: np.ndarray) -> None:
         """Append generated tokens; all but the newest have their KV computed."""
         start, count = self.num_tokens, len(token_ids)
@@ -85,6 +91,14 @@ class Sequence:
         self.logprobs[self.num_new : self.num_new + count] = logprobs
         self.num_tokens += count
         self.num_computed = self.num_tokens - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParkedKV:
+    """Pages that a paused request left on the instance, for its next chunk; the first `num_tokens` tokens' KV."""
+
+    pages: list[int]
+    num_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +135,17 @@ class StepPlan:
 class BatchPlanner:
     """Admits chunks, hands out pages, plans steps, books results.
 
-    A cycle is `admit` (then import KV of the admitted), `plan`, run, `commit`, `release` of what finished. While a
-    member of a group runs, the others copy the KV of its prompt instead of computing it again.
+    A cycle is `admit` (then import KV of the admitted), `plan`, run, `commit`, `release` or `park` of what finished.
+    While a member of a group runs, the others copy the KV of its prompt instead of computing it again.
 
-    Invariants: pages are owned by running sequences only; a sequence with reserved pages is never preempted; a running
-    sequence has a page for every position that the planned steps write.
+    Attributes:
+        parked: KV of paused requests, the one parked longest first. Its pages count as free: whoever needs them gets
+            them.
+        evicted: Parked KV whose pages were given away since the caller last emptied this list. Their content is intact
+            until the next import, copy or step.
+
+    Invariants: a page is free, parked or owned by one running sequence; a sequence with reserved pages is never
+    preempted; a running sequence has a page for every position that the planned steps write.
     """
 
     def __init__(
@@ -143,6 +163,8 @@ class BatchPlanner:
         self.pool = PagePool(info.num_total_pages + 1, info.page_size)  # + the garbage page
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.parked: OrderedDict[RequestId, ParkedKV] = OrderedDict()
+        self.evicted: list[tuple[RequestId, ParkedKV]] = []
         self.max_prefill_tokens, self.prefill_tile = max_prefill_tokens, prefill_tile
         self.max_steps_per_dispatch = max_steps_per_dispatch
         self._arrivals = 0
@@ -159,18 +181,26 @@ class BatchPlanner:
         """Move waiting sequences into free slots while their pages last, in order; the first that does not fit blocks.
 
         Returns:
-            The admitted; their `num_computed` is 0 and may be raised by whoever imports their KV.
+            The admitted; their `num_computed` is what was parked here, and may be raised by whoever imports their KV.
         """
         admitted = []
         while self.waiting and len(self.running) < self.info.max_num_seqs:
             sequence = self.waiting[0]
-            needed = sequence.chunk.num_reserved_pages or self.pool.pages_for(sequence.num_tokens)
+            num_pages = sequence.chunk.num_reserved_pages or self.pool.pages_for(sequence.num_tokens)
             # Growing sequences leave a hundredth of the pages free, as in vLLM, or they preempt each other at once.
             spare = 0 if sequence.chunk.num_reserved_pages or not self.running else 1 + self.pool.num_total_pages // 100
-            if needed + spare > self.pool.num_free_pages:
+            request_id = sequence.chunk.request_id
+            parked = self.parked.pop(request_id, None)
+            num_missing = num_pages - len(parked.pages if parked else ())
+            if not self._make_room(num_missing + spare):
+                if parked:
+                    self.parked[request_id] = parked
                 break
             self.waiting.pop(0)
-            sequence.pages = self.pool.allocate(needed)
+            if parked:
+                sequence.pages = parked.pages
+                sequence.note_kv(parked.num_tokens)
+            sequence.pages += self.pool.allocate(num_missing)
             self.running.append(sequence)
             admitted.append(sequence)
         self._note_usage()
@@ -232,13 +262,27 @@ class BatchPlanner:
         self.running.remove(sequence)
         self._free(sequence)
 
+    def park(self, sequence: Sequence) -> None:
+        """Release a sequence whose request goes on later; its KV stays while nobody needs the pages."""
+        used = self.pool.pages_for(sequence.num_computed)
+        kept, sequence.pages = sequence.pages[:used], sequence.pages[used:]
+        self.parked[sequence.chunk.request_id] = ParkedKV(pages=kept, num_tokens=sequence.num_computed)
+        self.release(sequence)
+
+    def unpark(self, request_id: RequestId) -> ParkedKV | None:
+        """Give up a request's parked KV; the pages are free, their content is intact until something is written."""
+        parked = self.parked.pop(request_id, None)
+        if parked is not None:
+            self.pool.free(parked.pages)
+        return parked
+
     def status(self, **measured: float | int) -> InstanceStatus:
         """Telemetry for the driver and displays; `measured` adds what only the engine knows (times, steps)."""
         return InstanceStatus(
             instance_id=self.info.instance_id,
             num_running=len(self.running),
             num_waiting=len(self.waiting),
-            num_free_pages=self.pool.num_free_pages,
+            num_free_pages=self._num_available_pages,
             num_total_pages=self.pool.num_total_pages,
             num_generated_tokens=self.num_generated_tokens,
             num_prefilled_tokens=self.num_prefilled_tokens,
@@ -249,8 +293,10 @@ class BatchPlanner:
             **measured,
         )
 
-    def reset_counters(self) -> None:
-        """Start the counters of a new iteration."""
+    def start_iteration(self) -> None:
+        """Forget all parked KV and start the counters of a new iteration."""
+        for request_id in list(self.parked):
+            self.unpark(request_id)
         self.num_preemptions = self.num_generated_tokens = 0
         self.num_prefilled_tokens = self.num_reprefilled_tokens = self.num_shared_tokens = 0
         self.max_used_pages = 0
@@ -259,13 +305,13 @@ class BatchPlanner:
         """Give growing sequences pages for the coming steps; returns how many steps all can take."""
         growing = [s for s in self.running if not s.chunk.num_reserved_pages]
         for sequence in sorted(growing, key=lambda s: s.order):
-            while sequence in self.running and self._num_missing(sequence, 1) > self.pool.num_free_pages:
+            while sequence in self.running and not self._make_room(self._num_missing(sequence, 1)):
                 self._preempt(max((s for s in self.running if not s.chunk.num_reserved_pages), key=lambda s: s.order))
             if sequence in self.running:
                 sequence.pages += self.pool.allocate(self._num_missing(sequence, 1))
         growing = [s for s in growing if s in self.running]
         num_steps = self.max_steps_per_dispatch
-        while num_steps > 1 and sum(self._num_missing(s, num_steps) for s in growing) > self.pool.num_free_pages:
+        while num_steps > 1 and not self._make_room(sum(self._num_missing(s, num_steps) for s in growing)):
             num_steps //= 2
         for sequence in growing:
             sequence.pages += self.pool.allocate(self._num_missing(sequence, num_steps))
@@ -296,8 +342,7 @@ class BatchPlanner:
         count = sequence.num_sharable
         num_pages = self.pool.pages_for(count)
         self.num_shared_tokens += count - sequence.num_computed
-        sequence.num_lost = max(0, sequence.num_lost - (count - sequence.num_computed))
-        sequence.num_computed = count
+        sequence.note_kv(count)
         return list(zip(leader.pages[:num_pages], sequence.pages[:num_pages], strict=True))
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -312,5 +357,19 @@ class BatchPlanner:
         self.pool.free(sequence.pages)
         sequence.pages = []
 
+    @property
+    def _num_available_pages(self) -> int:
+        return self.pool.num_free_pages + sum(len(parked.pages) for parked in self.parked.values())
+
+    def _make_room(self, num_pages: int) -> bool:
+        """Evict parked KV, the oldest first, until so many pages are free; False if not even all of it would do."""
+        if num_pages > self._num_available_pages:
+            return False
+        while num_pages > self.pool.num_free_pages:
+            request_id, parked = self.parked.popitem(last=False)
+            self.pool.free(parked.pages)
+            self.evicted.append((request_id, parked))
+        return True
+
     def _note_usage(self) -> None:
-        self.max_used_pages = max(self.max_used_pages, self.pool.num_total_pages - self.pool.num_free_pages)
+        self.max_used_pages = max(self.max_used_pages, self.pool.num_total_pages - self._num_available_pages)

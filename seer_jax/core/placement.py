@@ -74,7 +74,8 @@ def choose_instance(
     """Choose the least loaded instance with room for a chunk's whole KV footprint (Algorithm 2, instance choice).
 
     An instance that can start the chunk at once goes before one where it would queue. Then the shorter queue, the
-    smaller share of reserved pages, the fewer chunks, the instance that ran the request last, the smaller id.
+    instance that ran the request last (its KV may still be there), the smaller share of reserved pages, the fewer
+    chunks, the smaller id.
 
     Args:
         loads: The live instances.
@@ -96,9 +97,9 @@ def choose_instance(
         key = (
             not starts,
             len(load.queued),
+            info.instance_id != last_instance_id,
             load.num_reserved_pages / info.num_total_pages,
             len(load.in_flight),
-            info.instance_id != last_instance_id,
             info.instance_id,
         )
         if best_key is None or key < best_key:

@@ -65,7 +65,8 @@ class KVHandle:
     Attributes:
         num_tokens: Tokens covered, counted from position 0.
         policy_version: Weights that produced the KV; useless under any other.
-        ref: What the runtime needs to fetch it (arrays in process, an object reference in Ray); opaque to `core`.
+        ref: What the runtime needs to fetch it: the id of the instance that keeps it, or the fetched arrays; opaque to
+            `core`.
     """
 
     num_tokens: int

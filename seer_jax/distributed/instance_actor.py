@@ -1,7 +1,7 @@
 """One inference instance in its own process, on its own devices.
 
-A thread runs the engine without a pause; calls from the controller only touch queues, other threads fetch and publish
-KV, so no Ray call sits between two decode steps. jax is imported after the process environment is set.
+A thread runs the engine without a pause; calls from the controller only touch queues, other threads fetch KV, so no Ray
+call sits between two decode steps. jax is imported after the process environment is set.
 """
 
 import logging
@@ -19,8 +19,8 @@ import ray
 from ray.exceptions import RayError
 
 from seer_jax.config.schema import RunConfig, num_mesh_devices
-from seer_jax.core.events import ChunkFinished, Event, InstanceReport
-from seer_jax.core.types import InstanceInfo, RequestChunk
+from seer_jax.core.events import Event, InstanceReport
+from seer_jax.core.types import InstanceInfo, RequestChunk, RequestId
 
 REPORT_INTERVAL_S = 0.5
 POLL_TIMEOUT_S = 5.0
@@ -29,12 +29,14 @@ LINGER_S = 0.01
 LINGER_BUSY_S = 0.05
 """The same while it has chunks queued for half of the prefetch."""
 FETCH_TIMEOUT_S = 10.0
+MAX_CONCURRENCY = 8
+"""Calls that may be under way at an instance: `poll`, `send`, and other instances' `take_kv`."""
 
 
 class InstanceActor:
     """Owns an engine; `send`, `poll` and `start_iteration` feed it, `poll` returns what happened.
 
-    `ray_cluster` makes it an actor, whose calls run on a shared pool of three threads.
+    `ray_cluster` makes it an actor, whose calls run on a pool of `MAX_CONCURRENCY` threads.
     """
 
     def start(
@@ -74,26 +76,26 @@ class InstanceActor:
         self._thread = ThreadPoolExecutor(1, "engine").submit(self._serve)
         return self._engine.info
 
+    def meet(self, peers: Mapping[int, Any]) -> None:
+        """Learn the actors of all instances, from which paused requests may come."""
+        self._peers = peers
+
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
         """See `Engine.start_iteration`; returns when done."""
-        done: Future[None] = Future()
+        self._run_between_steps(partial(self._engine.start_iteration, policy_version, params))
 
-        def run() -> None:
-            self._engine.start_iteration(policy_version, params)
-            done.set_result(None)
-
-        self._inbox.put(run)
-        wait([done, self._thread], return_when=FIRST_COMPLETED)
-        if not done.done():
-            self._thread.result()
+    def take_kv(self, request_id: RequestId) -> Any:
+        """See `Engine.take_kv`; called by the instance where the request goes on."""
+        return self._run_between_steps(partial(self._engine.take_kv, request_id))
 
     def send(self, chunks: Sequence[RequestChunk]) -> None:
-        """Queue chunks, those with KV as soon as it is fetched; the engine runs on meanwhile."""
+        """Queue chunks, those with KV elsewhere as soon as it is fetched; the engine runs on meanwhile."""
         for chunk in chunks:
-            if chunk.kv is None:
+            if chunk.kv is None or chunk.kv.ref == self._engine.info.instance_id:
                 self._inbox.put(partial(self._engine.submit, chunk))
             else:
-                self._transfer(self._fetch, chunk)
+                fetched = self._transfers.submit(self._fetch, chunk)
+                fetched.add_done_callback(lambda done: self._inbox.put(done.result))
 
     def poll(self, chunks: Sequence[RequestChunk]) -> list[Event]:
         """Queue chunks, then wait for events, at most `POLL_TIMEOUT_S`; raises what the engine raised."""
@@ -122,35 +124,27 @@ class InstanceActor:
                 reported = time.monotonic()
                 self._outbox.put(InstanceReport(status=engine.status()))
             for event in finished:
-                if event.kv is None:
-                    self._outbox.put(event)
-                else:
-                    self._transfer(self._publish, event)
+                self._outbox.put(event)
+                if event.kv is not None and not engine.num_queued:
+                    self._is_urgent.set()  # The request could go on at once.
             if not engine.has_work:
                 self._is_urgent.set()
 
-    def _transfer(self, move: Callable[[Any], None], item: RequestChunk | ChunkFinished) -> None:
-        """Run `move(item)` on a transfer thread; what it raises, the engine's thread raises again for `poll`."""
-        self._transfers.submit(move, item).add_done_callback(lambda done: self._inbox.put(done.result))
+    def _run_between_steps(self, call: Callable[[], Any]) -> Any:
+        """Let the engine's thread make a call; returns its result, raises what the thread died of."""
+        done: Future[Any] = Future()
+        self._inbox.put(lambda: done.set_result(call()))
+        wait([done, self._thread], return_when=FIRST_COMPLETED)
+        return done.result() if done.done() else self._thread.result()
 
     def _fetch(self, chunk: RequestChunk) -> None:
-        """Get the KV out of Ray's object store, then queue the chunk; without KV if the block died with its writer."""
+        """Get the KV from the instance that keeps it, then queue the chunk; without KV if that instance is gone."""
         try:
-            kv = replace(chunk.kv, ref=ray.get(chunk.kv.ref, timeout=FETCH_TIMEOUT_S))
+            moved = ray.get(self._peers[chunk.kv.ref].take_kv.remote(chunk.request_id), timeout=FETCH_TIMEOUT_S)
         except RayError as error:
             logging.warning("KV of %s is lost and will be computed again: %s", chunk.request_id, error)
-            kv = None
-        self._inbox.put(partial(self._engine.submit, replace(chunk, kv=kv)))
-
-    def _publish(self, event: ChunkFinished) -> None:
-        """Put the KV of a paused request where any instance can fetch it, then report the chunk."""
-        try:
-            kv = replace(event.kv, ref=ray.put(event.kv.ref))
-        except RayError as error:
-            logging.warning("KV of %s is dropped and will be computed again: %s", event.request_id, error)
-            kv = None
-        self._outbox.put(replace(event, kv=kv))
-        self._is_urgent.set()  # The request could go on at once.
+            moved = None
+        self._inbox.put(partial(self._engine.submit, replace(chunk, kv=replace(chunk.kv, ref=moved))))
 
 
 def _share_of_cores(instance_id: int, num_instances: int) -> list[int]:

@@ -14,7 +14,7 @@ from seer_jax.config.schema import RunConfig, num_mesh_devices
 from seer_jax.core.errors import ConfigError, InstanceLostError, SeerError
 from seer_jax.core.events import Event, InstanceLost
 from seer_jax.core.types import InstanceInfo, RequestChunk
-from seer_jax.distributed.instance_actor import InstanceActor
+from seer_jax.distributed.instance_actor import MAX_CONCURRENCY, InstanceActor
 
 JAX_PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
 """Modules of which one must be installed for JAX to use the accelerator."""
@@ -48,7 +48,9 @@ class RayCluster:
             platform = _platform()
             _check_resources(platform, config)
             weights = ray.put(params)
-            actor_class = ray.remote(InstanceActor).options(max_concurrency=3, **_resources(platform, config))
+            actor_class = ray.remote(InstanceActor).options(
+                max_concurrency=MAX_CONCURRENCY, **_resources(platform, config)
+            )
             self._actors.update((i, actor_class.remote()) for i in range(config.rollout.instances))
             self.infos = _get_infos(
                 [
@@ -56,6 +58,7 @@ class RayCluster:
                     for i, actor in self._actors.items()
                 ]
             )
+            ray.get([actor.meet.remote(self._actors) for actor in self._actors.values()])
             on_failure.pop_all()
 
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:

@@ -1,6 +1,7 @@
 """A set of instances as the rollout loop sees it, and the in-process implementation."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 from seer_jax.core.events import Event, InstanceReport
@@ -47,6 +48,10 @@ class LocalCluster:
         """See `Cluster`."""
         for instance_id, batch in chunks.items():
             for chunk in batch:
+                kv = chunk.kv
+                if kv is not None and kv.ref != instance_id:
+                    moved = self._engines[kv.ref].take_kv(chunk.request_id)
+                    chunk = replace(chunk, kv=replace(kv, ref=moved))
                 self._engines[instance_id].submit(chunk)
 
     def wait(self) -> list[Event]:

@@ -10,11 +10,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from seer_jax.config.schema import EngineConfig
-from seer_jax.core.batching import BatchPlanner, Sequence
+from seer_jax.core.batching import BatchPlanner, ParkedKV, Sequence
 from seer_jax.core.errors import ProtocolError, TransferError
 from seer_jax.core.events import ChunkFinished
 from seer_jax.core.packing import StepBuckets, StepShape, pack, split_entries
-from seer_jax.core.types import InstanceInfo, InstanceStatus, KVHandle, RequestChunk
+from seer_jax.core.types import InstanceInfo, InstanceStatus, KVHandle, RequestChunk, RequestId
 from seer_jax.engine.kv_transfer import HostKV, KVTransfer
 from seer_jax.engine.step import make_step, unpack_outputs
 from seer_jax.models.config import DecoderConfig
@@ -67,6 +67,7 @@ class Engine:
             max_steps_per_dispatch=config.max_steps_per_dispatch,
         )
         self._transfer = KVTransfer(self._buckets.max_pages)
+        self._saved_kv: dict[RequestId, HostKV] = {}
         dtype = params["embed"].dtype
         if mesh is None or mesh.size == 1:
             device = None if mesh is None else mesh.devices.item()
@@ -83,7 +84,7 @@ class Engine:
         self._reset_measurements()
 
     def submit(self, chunk: RequestChunk) -> None:
-        """Queue a chunk. The `ref` of its KV handle is a `HostKV`, or None if the KV could not be had.
+        """Queue a chunk. The `ref` of its KV handle is a `HostKV`, this instance's id, or None if KV could not be had.
 
         Raises:
             ProtocolError: If the chunk is meant for other weights.
@@ -108,11 +109,14 @@ class Engine:
     def step(self) -> list[ChunkFinished]:
         """Run one dispatch: admit, plan, launch, book. Returns the chunks that ended."""
         started = time.perf_counter()
-        for sequence in self._planner.admit():
+        admitted = self._planner.admit()
+        self._save_evicted()
+        for sequence in admitted:
             self._import_kv(sequence)
         plan = self._planner.plan()
         if plan is None:
             return []
+        self._save_evicted()
         if plan.copies:
             self._caches = self._transfer.copy_pages(self._caches, plan.copies)
         rows, tiles = split_entries(plan, self._buckets.tile)
@@ -153,7 +157,8 @@ class Engine:
         if params is not None:
             self.params = self._place(params)
         self.policy_version = policy_version
-        self._planner.reset_counters()
+        self._planner.start_iteration()
+        self._saved_kv.clear()
         self._reset_measurements()
 
     def warmup(self, *, num_peers: int = 1, truncates: bool = False) -> int:
@@ -183,9 +188,27 @@ class Engine:
     def _place(self, params: Mapping[str, Any]) -> Any:
         return jax.device_put(params, self._param_shardings)
 
+    def take_kv(self, request_id: RequestId) -> HostKV | None:
+        """Hand over the KV of a request that paused here and goes on at another instance; None if it is gone."""
+        parked = self._planner.unpark(request_id)
+        return self._saved_kv.pop(request_id, None) if parked is None else self._export_kv(parked)
+
+    def _export_kv(self, parked: ParkedKV) -> HostKV:
+        pages = self._transfer.export_pages(self._caches, parked.pages)
+        return HostKV(pages=pages, num_tokens=parked.num_tokens, policy_version=self.policy_version)
+
+    def _save_evicted(self) -> None:
+        """Copy parked KV to the host before its pages are written again."""
+        self._saved_kv |= {request_id: self._export_kv(parked) for request_id, parked in self._planner.evicted}
+        self._planner.evicted.clear()
+
     def _import_kv(self, sequence: Sequence) -> None:
-        """Bring in the KV of a resumed chunk; a miss costs a re-prefill, never a wrong token."""
-        kv = sequence.chunk.kv and sequence.chunk.kv.ref
+        """Bring in the KV of a resumed chunk unless it is here; a miss costs a re-prefill, never a wrong token."""
+        handle = sequence.chunk.kv
+        if handle is None or sequence.num_computed:
+            return
+        saved = self._saved_kv.pop(sequence.chunk.request_id, None)
+        kv = handle.ref if isinstance(handle.ref, HostKV) else saved
         if kv is None or kv.policy_version != self.policy_version:
             return
         pages = sequence.pages[: self._planner.pool.pages_for(kv.num_tokens)]
@@ -193,21 +216,18 @@ class Engine:
             self._caches = self._transfer.import_pages(self._caches, pages, kv.pages)
         except TransferError:
             return
-        sequence.num_computed = kv.num_tokens
-        sequence.num_lost = max(0, sequence.num_lost - kv.num_tokens)
+        sequence.note_kv(kv.num_tokens)
 
     def _finish(self, sequence: Sequence) -> ChunkFinished:
         chunk, reason = sequence.chunk, sequence.finish_reason
         handle = None
         if reason == "chunk":
-            pages = sequence.pages[: self._planner.pool.pages_for(sequence.num_computed)]
-            kv = HostKV(
-                pages=self._transfer.export_pages(self._caches, pages),
-                num_tokens=sequence.num_computed,
-                policy_version=self.policy_version,
+            handle = KVHandle(
+                num_tokens=sequence.num_computed, policy_version=self.policy_version, ref=self.info.instance_id
             )
-            handle = KVHandle(num_tokens=kv.num_tokens, policy_version=self.policy_version, ref=kv)
-        self._planner.release(sequence)
+            self._planner.park(sequence)
+        else:
+            self._planner.release(sequence)
         return ChunkFinished(
             instance_id=self.info.instance_id,
             request_id=chunk.request_id,

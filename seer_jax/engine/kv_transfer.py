@@ -14,7 +14,7 @@ from seer_jax.core.packing import geometric_buckets, pick_bucket
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HostKV:
-    """KV pages of one request on the host; what a `KVHandle` refers to inside an engine's process.
+    """KV pages of one request on the host.
 
     Attributes:
         pages: [num_layers, num_pages, page_size, latent_width]; slots past `num_tokens` hold garbage.

@@ -79,8 +79,8 @@ class FakeCache:
 
 
 def check_pages(planner: BatchPlanner) -> None:
-    """Every page is free or owned by exactly one running sequence, and every planned position has one."""
-    owned = [page for sequence in planner.running for page in sequence.pages]
+    """Every page is free, parked or owned by exactly one running sequence."""
+    owned = [page for owner in (*planner.running, *planner.parked.values()) for page in owner.pages]
     assert len(set(owned)) == len(owned)
     assert len(owned) + planner.pool.num_free_pages == planner.pool.num_total_pages
     assert all(not sequence.pages for sequence in planner.waiting)
@@ -90,16 +90,19 @@ def check_pages(planner: BatchPlanner) -> None:
     st.lists(st.tuples(st.integers(1, 20), st.integers(1, 30), st.booleans()), min_size=1, max_size=12),
     st.integers(13, 40),
     st.integers(1, 5),
+    st.integers(1, 12),
 )
 def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_shared_or_lost(
-    chunks: list[tuple[int, int, bool]], num_pages: int, max_num_seqs: int
+    requests: list[tuple[int, int, bool]], num_pages: int, max_num_seqs: int, chunk_size: int
 ) -> None:
+    """Reserving requests run in chunks and go on from what they parked, or from nothing if it was evicted."""
     planner = make_planner(num_pages, max_num_seqs)
     cache = FakeCache(planner)
-    for index, (prompt, max_new, reserve) in enumerate(chunks):
-        planner.add(make_chunk(index, prompt, max_new, reserve=reserve))
+    for index, (prompt, max_new, reserve) in enumerate(requests):
+        size = min(chunk_size, max_new) if reserve else max_new
+        planner.add(make_chunk(index, prompt, size, reserve=reserve, limit=max_new))
     lengths = {}
-    for _ in range(3000):
+    for _ in range(5000):
         planner.admit()
         plan = planner.plan()
         if plan is None:
@@ -113,9 +116,24 @@ def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_share
             assert piece.start + piece.count <= len(piece.sequence.pages) * PAGE_SIZE
         assert sum(-(-piece.count // 4) * 4 for piece in plan.prefills) <= 16 + 3
         for sequence in cache.run(plan):
-            lengths[sequence.chunk.request_id.index] = sequence.num_new
-            planner.release(sequence)
-    assert lengths == {index: max_new for index, (_, max_new, _) in enumerate(chunks)}
+            chunk, known = sequence.chunk, sequence.token_ids[: sequence.num_tokens].copy()
+            if sequence.finish_reason == "length":
+                planner.release(sequence)
+                lengths[chunk.request_id.index] = len(known) - chunk.num_prompt_tokens
+                continue
+            planner.park(sequence)
+            size = min(chunk_size, chunk.max_total_tokens - len(known))
+            num_pages_needed = -(-(len(known) + size) // PAGE_SIZE)
+            planner.add(
+                replace(
+                    chunk,
+                    chunk_index=chunk.chunk_index + 1,
+                    token_ids=known,
+                    max_chunk_tokens=size,
+                    num_reserved_pages=num_pages_needed,
+                )
+            )
+    assert lengths == {index: max_new for index, (_, max_new, _) in enumerate(requests)}
     assert planner.pool.num_free_pages == num_pages and not planner.running and not planner.waiting
 
 

@@ -141,7 +141,7 @@ class Algorithm2:
                 num_here = sum(key[0] == instance_id for key in self.in_flight)
                 moves = self.last_instance.get(name) != instance_id
                 share = reserved / info.num_total_pages
-                candidates.append((waits, num_queued, share, num_here, moves, instance_id))
+                candidates.append((waits, num_queued, moves, share, num_here, instance_id))
         return (name, min(candidates)[-1]) if candidates else None
 
     def estimate(self, name: RequestId) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from seer_jax.core.errors import ProtocolError
-from seer_jax.core.types import SamplingParams
+from seer_jax.core.types import RequestId, SamplingParams
 from seer_jax.engine.engine import Engine
 from tests.engine import tiny
 
@@ -72,7 +72,10 @@ def test_chunk_continues_on_another_instance_without_prefill() -> None:
     engines = [Engine(tiny.MODEL, tiny.params(), tiny.CONFIG, instance_id=i) for i in range(2)]
     known, kv, got = whole.token_ids, None, []
     for index in range(4):
-        engine = engines[index % 2]
+        engine, other = engines[index % 2], engines[1 - index % 2]
+        if kv is not None:
+            assert kv.ref == other.info.instance_id
+            kv = dataclasses.replace(kv, ref=other.take_kv(whole.request_id))
         engine.submit(tiny.chunk(known, num_prompt=9, chunk_index=index, max_chunk=5, kv=kv))
         (event,) = tiny.drain(engine).values()
         got += event.token_ids.tolist()
@@ -83,12 +86,43 @@ def test_chunk_continues_on_another_instance_without_prefill() -> None:
     assert engines[1].status().num_prefilled_tokens == 0
 
 
-def test_missing_kv_costs_a_prefill_and_no_token() -> None:
+def test_chunk_continues_where_it_was_on_the_pages_it_left() -> None:
     whole = tiny.chunk(tiny.prompt(0, 9))
     tokens, _ = tiny.reference_decode(whole)
     engine = make_engine()
     engine.submit(tiny.chunk(whole.token_ids, max_chunk=6))
     (first,) = tiny.drain(engine).values()
+    assert engine.status().num_free_pages == engine.info.num_total_pages  # parked KV is in nobody's way
+    known = np.concatenate([whole.token_ids, first.token_ids])
+    engine.submit(tiny.chunk(known, num_prompt=9, chunk_index=1, kv=first.kv))
+    (second,) = tiny.drain(engine).values()
+    assert [*first.token_ids, *second.token_ids] == tokens
+    assert engine.status().num_prefilled_tokens == 9 and engine.take_kv(whole.request_id) is None
+
+
+def test_parked_kv_whose_pages_are_needed_waits_on_the_host() -> None:
+    requests = [tiny.chunk(tiny.prompt(i, 9), index=i, max_chunk=6) for i in range(2)]
+    engine = make_engine(num_pages=5)  # 4 usable: one request fills them
+    engine.submit(requests[0])
+    (first,) = tiny.drain(engine).values()
+    engine.submit(requests[1])
+    tiny.drain(engine)
+    known = np.concatenate([requests[0].token_ids, first.token_ids])
+    engine.submit(tiny.chunk(known, num_prompt=9, chunk_index=1, max_chunk=1, kv=first.kv))
+    (second,) = tiny.drain(engine).values()
+    tokens, _ = tiny.reference_decode(dataclasses.replace(requests[0], max_chunk_tokens=7))
+    assert [*first.token_ids, *second.token_ids] == tokens
+    assert engine.status().num_prefilled_tokens == 2 * 9
+    kv = engine.take_kv(requests[1].request_id)  # evicted in its turn
+    assert kv is not None and kv.num_tokens == 9 + 6 - 1
+
+
+def test_missing_kv_costs_a_prefill_and_no_token() -> None:
+    whole = tiny.chunk(tiny.prompt(0, 9))
+    tokens, _ = tiny.reference_decode(whole)
+    other, engine = make_engine(), make_engine()
+    other.submit(tiny.chunk(whole.token_ids, max_chunk=6))
+    (first,) = tiny.drain(other).values()
     known = np.concatenate([whole.token_ids, first.token_ids])
     engine.submit(tiny.chunk(known, num_prompt=9, chunk_index=1, kv=dataclasses.replace(first.kv, ref=None)))
     (second,) = tiny.drain(engine).values()
@@ -102,7 +136,8 @@ def test_kv_of_another_layout_costs_a_prefill_and_no_token() -> None:
     other.submit(tiny.chunk(request.token_ids, max_chunk=6))
     (first,) = tiny.drain(other).values()
     engine = make_engine()
-    engine.submit(tiny.chunk(np.concatenate([request.token_ids, first.token_ids]), num_prompt=9, kv=first.kv))
+    kv = dataclasses.replace(first.kv, ref=other.take_kv(request.request_id))
+    engine.submit(tiny.chunk(np.concatenate([request.token_ids, first.token_ids]), num_prompt=9, kv=kv))
     (second,) = tiny.drain(engine).values()
     assert [*first.token_ids, *second.token_ids] == tiny.reference_decode(request)[0]
     assert engine.status().num_prefilled_tokens == 9 + 6
@@ -112,14 +147,26 @@ def test_kv_of_older_weights_is_never_used() -> None:
     engine = make_engine()
     engine.submit(tiny.chunk(tiny.prompt(0, 9), max_chunk=6))
     (first,) = tiny.drain(engine).values()
+    old = engine.take_kv(first.request_id)
     engine.start_iteration(1, tiny.params(1))
     known = np.concatenate([tiny.prompt(0, 9), first.token_ids])
-    request = tiny.chunk(known, num_prompt=9, chunk_index=1, kv=first.kv, policy_version=1)
+    kv = dataclasses.replace(first.kv, ref=old)
+    request = tiny.chunk(known, num_prompt=9, chunk_index=1, kv=kv, policy_version=1)
     engine.submit(request)
     (second,) = tiny.drain(engine).values()
     tokens, _ = tiny.reference_decode(request, seed=1)
     assert second.token_ids.tolist() == tokens
     assert engine.status().num_prefilled_tokens == len(known)
+
+
+def test_kv_parked_or_saved_before_an_update_is_dropped() -> None:
+    engine = make_engine(num_pages=5)  # 4 usable: the second request evicts the first's KV to the host
+    for i in range(2):
+        engine.submit(tiny.chunk(tiny.prompt(i, 9), index=i, max_chunk=6))
+        tiny.drain(engine)
+    engine.start_iteration(1, tiny.params(1))
+    assert [engine.take_kv(RequestId(0, i)) for i in range(2)] == [None, None]
+    assert engine.status().num_free_pages == 4
 
 
 def test_preempted_requests_return_the_same_tokens() -> None:
