@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from seer_jax.config.schema import EngineConfig
-from seer_jax.core.batching import Sequence, StepPlan
+from seer_jax.core.batching import StepPlan
 from seer_jax.core.kv.page_pool import pages_for_tokens
+from seer_jax.core.sequence import Sequence
 from seer_jax.core.types import MAX_STOP_TOKENS, SamplingParams
 
 FIRST_POSITION, COUNT, SAMPLE, REMAINING, KEY_LOW, KEY_HIGH, TOP_K, TEMPERATURE, TOP_P, STOP_IDS = range(10)

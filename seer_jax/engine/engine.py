@@ -10,10 +10,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from seer_jax.config.schema import EngineConfig
-from seer_jax.core.batching import BatchPlanner, ParkedKV, Sequence
+from seer_jax.core.batching import BatchPlanner, ParkedKV
 from seer_jax.core.errors import ProtocolError, TransferError
 from seer_jax.core.events import ChunkFinished
 from seer_jax.core.packing import StepBuckets, StepShape, pack, split_entries
+from seer_jax.core.sequence import Sequence
 from seer_jax.core.types import InstanceInfo, InstanceStatus, KVHandle, RequestChunk, RequestId
 from seer_jax.engine.kv_transfer import HostKV, KVTransfer
 from seer_jax.engine.step import make_step, unpack_outputs

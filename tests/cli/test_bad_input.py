@@ -19,7 +19,7 @@ BAD_INPUT = [
     (["train", "--chunk-size=32"], "--chunk-size: unknown option (did you mean --rollout.chunk-size?)"),
     (
         ["train", "--rollout.chunk-size", "many"],
-        "rollout.chunk_size: expected an integer, got 'many' (for example 64)",
+        "rollout.chunk_size: expected an integer, got 'many' (for example 128)",
     ),
     (["train", "--rollout.chunk-size"], "rollout.chunk_size: expected an integer, got ''"),
     (["train", "--rollout.chunk-size", "0"], "rollout.chunk_size: is 0 (give at least 1)"),

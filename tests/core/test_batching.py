@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seer_jax.core.batching import BatchPlanner, Sequence, StepPlan
+from seer_jax.core.batching import BatchPlanner, StepPlan
 from seer_jax.core.errors import ProtocolError
+from seer_jax.core.sequence import Sequence
 from seer_jax.core.types import InstanceInfo, RequestChunk, RequestId, SamplingParams
 
 PAGE_SIZE = 4

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from seer_jax.config.schema import EngineConfig
 from seer_jax.core import packing
-from seer_jax.core.batching import PrefillSlice, Sequence, StepPlan
+from seer_jax.core.batching import PrefillSlice, StepPlan
 from seer_jax.core.packing import Entry, StepBuckets, StepShape, pack, split_entries
+from seer_jax.core.sequence import Sequence
 from seer_jax.core.types import RequestChunk, RequestId, SamplingParams
 
 
