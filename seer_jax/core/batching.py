@@ -61,11 +61,11 @@ class BatchPlanner:
     """Admits chunks, hands out pages, plans steps, books results.
 
     A cycle is `admit` (then import KV of the admitted), `plan`, run, `commit`, `release` or `park` of what finished.
-    While a member of a group runs, the others copy the KV of its prompt instead of computing it again.
+    A request copies the KV of its prompt from a sibling that runs at the same time instead of computing it again.
 
     Attributes:
-        parked: KV of paused requests, the one parked longest first. Its pages count as free: whoever needs them gets
-            them.
+        parked: KV of paused requests, in order of eviction: the one parked longest first, except that the first in the
+            queue keeps its own to the last. Its pages count as free: whoever needs them gets them.
         evicted: Parked KV whose pages were given away since the caller last emptied this list. Their content is intact
             until the next import, copy or step.
 
@@ -94,7 +94,8 @@ class BatchPlanner:
         self.max_steps_per_dispatch = max_steps_per_dispatch
         self._arrivals = 0
         self.num_preemptions = self.num_generated_tokens = 0
-        self.num_prefilled_tokens = self.num_reprefilled_tokens = self.num_shared_tokens = 0
+        self.num_prefilled_tokens = self.num_reprefilled_tokens = 0
+        self.num_shared_tokens = self.num_imported_tokens = 0
         self.max_used_pages = 0
 
     def add(self, chunk: RequestChunk) -> None:
@@ -183,16 +184,19 @@ class BatchPlanner:
     def release(self, sequence: Sequence) -> None:
         """Free the pages of a finished sequence."""
         if sequence.finish_reason is None:
-            raise ProtocolError(f"release of {sequence.chunk.request_id}, which still runs")
+            raise ProtocolError(f"{sequence.chunk.request_id} still runs")
         self.running.remove(sequence)
         self._free(sequence)
 
     def park(self, sequence: Sequence) -> None:
         """Release a sequence whose request goes on later; its KV stays while nobody needs the pages."""
+        if sequence.finish_reason is None:
+            raise ProtocolError(f"{sequence.chunk.request_id} still runs")
         used = self.pool.pages_for(sequence.num_computed)
-        kept, sequence.pages = sequence.pages[:used], sequence.pages[used:]
-        self.parked[sequence.chunk.request_id] = ParkedKV(pages=kept, num_tokens=sequence.num_computed)
+        kept = sequence.pages[:used]
+        del sequence.pages[:used]
         self.release(sequence)
+        self.parked[sequence.chunk.request_id] = ParkedKV(pages=kept, num_tokens=sequence.num_computed)
 
     def unpark(self, request_id: RequestId) -> ParkedKV | None:
         """Give up a request's parked KV; the pages are free, their content is intact until something is written."""
@@ -213,6 +217,7 @@ class BatchPlanner:
             num_prefilled_tokens=self.num_prefilled_tokens,
             num_reprefilled_tokens=self.num_reprefilled_tokens,
             num_shared_tokens=self.num_shared_tokens,
+            num_imported_tokens=self.num_imported_tokens,
             num_preemptions=self.num_preemptions,
             max_kv_utilization=self.max_used_pages / self.pool.num_total_pages,
             **measured,
@@ -223,7 +228,8 @@ class BatchPlanner:
         for request_id in list(self.parked):
             self.unpark(request_id)
         self.num_preemptions = self.num_generated_tokens = 0
-        self.num_prefilled_tokens = self.num_reprefilled_tokens = self.num_shared_tokens = 0
+        self.num_prefilled_tokens = self.num_reprefilled_tokens = 0
+        self.num_shared_tokens = self.num_imported_tokens = 0
         self.max_used_pages = 0
 
     def _grow_pages(self) -> int:
@@ -288,7 +294,7 @@ class BatchPlanner:
 
     def _make_room(self, num_pages: int) -> bool:
         """Evict parked KV, the oldest first, until so many pages are free; False if not even all of it would do."""
-        if num_pages > self._num_available_pages:
+        if num_pages > self.pool.num_free_pages and num_pages > self._num_available_pages:
             return False
         while num_pages > self.pool.num_free_pages:
             request_id, parked = self.parked.popitem(last=False)

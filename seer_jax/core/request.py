@@ -36,7 +36,7 @@ class RolloutRequest:
         num_generated: Tokens in `token_deltas`.
         num_chunks: Chunks started, those lost with an instance included; also the index of the next one.
         instance_id: Where its last chunk was sent; None before the first.
-        kv: KV of a prefix, outside the instances; kept while a chunk runs, so that a lost chunk resumes from it.
+        kv: KV of a prefix and where it is; an offer that may turn out to be gone, which costs a re-prefill.
         finish_reason: "stop" or "length" once finished.
     """
 

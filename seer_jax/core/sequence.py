@@ -70,7 +70,12 @@ class Sequence:
         return "chunk" if self.num_tokens >= self.limit else None
 
     def note_kv(self, num_tokens: int) -> None:
-        """Note that the KV of so many leading tokens lies in the pages without having been computed here."""
+        """Note that the KV of so many leading tokens lies in the pages without having been computed here.
+
+        KV may reach further than the tokens known here, when the instance that wrote it was lost with its last report;
+        the newest known token is computed again.
+        """
+        num_tokens = min(num_tokens, self.num_tokens - 1)
         self.num_lost = max(0, self.num_lost - (num_tokens - self.num_computed))
         self.num_computed = num_tokens
 

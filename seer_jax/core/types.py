@@ -126,6 +126,8 @@ class InstanceStatus:
         num_prefilled_tokens: Tokens whose KV was computed in prefill slices.
         num_reprefilled_tokens: Those of them whose KV had existed before and was lost.
         num_shared_tokens: Prompt tokens whose KV was copied from a sibling on the instance instead.
+        num_imported_tokens: Tokens of resumed chunks whose KV came from the host or from another instance.
+        num_free_pages: Pages that a chunk could get; those of paused requests' KV are among them.
     """
 
     instance_id: int
@@ -138,6 +140,7 @@ class InstanceStatus:
     num_prefilled_tokens: int = 0
     num_reprefilled_tokens: int = 0
     num_shared_tokens: int = 0
+    num_imported_tokens: int = 0
     num_preemptions: int = 0
     num_steps: int = 0
     num_dispatches: int = 0

@@ -28,7 +28,8 @@ LINGER_S = 0.01
 """How long `poll` waits for more events to share its call while the instance needs chunks soon."""
 LINGER_BUSY_S = 0.05
 """The same while it has chunks queued for half of the prefetch."""
-FETCH_TIMEOUT_S = 10.0
+FETCH_TIMEOUT_S = 60.0
+"""A fetch waits for the dispatch under way at the other instance."""
 MAX_CONCURRENCY = 8
 """Calls that may be under way at an instance: `poll`, `send`, and other instances' `take_kv`."""
 
@@ -68,6 +69,7 @@ class InstanceActor:
         from seer_jax.engine.factory import build_engine
 
         self._engine = build_engine(config, model_config, params, instance_id=instance_id)
+        self._peers: Mapping[int, Any] = {}
         self._inbox: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._is_urgent = threading.Event()
@@ -139,11 +141,14 @@ class InstanceActor:
 
     def _fetch(self, chunk: RequestChunk) -> None:
         """Get the KV from the instance that keeps it, then queue the chunk; without KV if that instance is gone."""
+        moved, peer = None, self._peers.get(chunk.kv.ref)
         try:
-            moved = ray.get(self._peers[chunk.kv.ref].take_kv.remote(chunk.request_id), timeout=FETCH_TIMEOUT_S)
+            if peer is not None:
+                moved = ray.get(peer.take_kv.remote(chunk.request_id), timeout=FETCH_TIMEOUT_S)
         except RayError as error:
-            logging.warning("KV of %s is lost and will be computed again: %s", chunk.request_id, error)
-            moved = None
+            logging.warning("Instance %s does not give KV: %s", chunk.kv.ref, error)
+        if moved is None:
+            logging.warning("KV of %s is lost and will be computed again", chunk.request_id)
         self._inbox.put(partial(self._engine.submit, replace(chunk, kv=replace(chunk.kv, ref=moved))))
 
 

@@ -50,7 +50,8 @@ class LocalCluster:
             for chunk in batch:
                 kv = chunk.kv
                 if kv is not None and kv.ref != instance_id:
-                    moved = self._engines[kv.ref].take_kv(chunk.request_id)
+                    owner = self._engines.get(kv.ref)
+                    moved = None if owner is None else owner.take_kv(chunk.request_id)
                     chunk = replace(chunk, kv=replace(kv, ref=moved))
                 self._engines[instance_id].submit(chunk)
 

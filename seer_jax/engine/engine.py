@@ -97,6 +97,11 @@ class Engine:
             )
         self._planner.add(chunk)
 
+    def take_kv(self, request_id: RequestId) -> HostKV | None:
+        """Hand over the KV of a request that paused here and goes on at another instance; None if it is gone."""
+        parked = self._planner.unpark(request_id)
+        return self._saved_kv.pop(request_id, None) if parked is None else self._export_kv(parked)
+
     @property
     def has_work(self) -> bool:
         """Whether any chunk runs or waits."""
@@ -189,11 +194,6 @@ class Engine:
     def _place(self, params: Mapping[str, Any]) -> Any:
         return jax.device_put(params, self._param_shardings)
 
-    def take_kv(self, request_id: RequestId) -> HostKV | None:
-        """Hand over the KV of a request that paused here and goes on at another instance; None if it is gone."""
-        parked = self._planner.unpark(request_id)
-        return self._saved_kv.pop(request_id, None) if parked is None else self._export_kv(parked)
-
     def _export_kv(self, parked: ParkedKV) -> HostKV:
         pages = self._transfer.export_pages(self._caches, parked.pages)
         return HostKV(pages=pages, num_tokens=parked.num_tokens, policy_version=self.policy_version)
@@ -218,6 +218,7 @@ class Engine:
         except TransferError:
             return
         sequence.note_kv(kv.num_tokens)
+        self._planner.num_imported_tokens += sequence.num_computed
 
     def _finish(self, sequence: Sequence) -> ChunkFinished:
         chunk, reason = sequence.chunk, sequence.finish_reason

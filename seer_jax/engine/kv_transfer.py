@@ -43,7 +43,9 @@ class KVTransfer:
 
     def export_pages(self, caches: list[jax.Array], pages: list[int]) -> np.ndarray:
         """Copy `pages` of all layers to one host array [num_layers, num_pages, page_size, latent_width]."""
-        return np.asarray(_gather(caches, self._pad(pages)))[:, : len(pages)]
+        padded = np.asarray(_gather(caches, self._pad(pages)))
+        # A view would keep the padding alive as long as the request is paused.
+        return padded if padded.shape[1] == len(pages) else padded[:, : len(pages)].copy()
 
     def import_pages(self, caches: list[jax.Array], pages: list[int], data: np.ndarray) -> list[jax.Array]:
         """Write host pages into the (donated) caches; padding goes to the garbage page.

@@ -28,7 +28,8 @@ class RolloutStats:
         prefilled_tokens: Tokens whose KV was computed in prefill slices.
         reprefilled_tokens: Those of them whose KV had existed before and was lost.
         shared_tokens: Prompt tokens whose KV was copied from a sibling instead.
-        max_kv_utilization: Highest share of pages in use at any instance.
+        imported_tokens: Tokens of resumed chunks whose KV came from the host or from another instance.
+        max_kv_utilization: Highest share of pages in use at any instance, those of paused requests aside.
     """
 
     num_requests: int
@@ -41,6 +42,7 @@ class RolloutStats:
     prefilled_tokens: int
     reprefilled_tokens: int
     shared_tokens: int
+    imported_tokens: int
     max_kv_utilization: float
     host_time_share: float
     output_sha256: str
@@ -167,6 +169,7 @@ def summarize(
         prefilled_tokens=sum(s.num_prefilled_tokens for s in statuses),
         reprefilled_tokens=sum(s.num_reprefilled_tokens for s in statuses),
         shared_tokens=sum(s.num_shared_tokens for s in statuses),
+        imported_tokens=sum(s.num_imported_tokens for s in statuses),
         max_kv_utilization=max((s.max_kv_utilization for s in statuses), default=0.0),
         host_time_share=sum(s.host_time_s for s in statuses) / busy_s if busy_s else 0.0,
         output_sha256=output_sha256(list(samples)),

@@ -57,6 +57,14 @@ class FakeCache:
     def __init__(self, planner: BatchPlanner) -> None:
         self._planner = planner
         self._slots = np.full((planner.pool.num_pages, PAGE_SIZE), -1)
+        self.texts: dict[RequestId, np.ndarray] = {}
+
+    def save_evicted(self) -> None:
+        """What was parked must still be there when its pages are given away."""
+        for request_id, parked in self._planner.evicted:
+            content = self._slots[parked.pages].reshape(-1)[: parked.num_tokens]
+            assert content.tolist() == self.texts[request_id][: parked.num_tokens].tolist()
+        self._planner.evicted.clear()
 
     def run(self, plan: StepPlan) -> list[Sequence]:
         """Like `run`; every query must find its whole context in its pages."""
@@ -105,7 +113,9 @@ def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_share
     lengths = {}
     for _ in range(5000):
         planner.admit()
+        cache.save_evicted()
         plan = planner.plan()
+        cache.save_evicted()
         if plan is None:
             break
         check_pages(planner)
@@ -123,6 +133,7 @@ def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_share
                 lengths[chunk.request_id.index] = len(known) - chunk.num_prompt_tokens
                 continue
             planner.park(sequence)
+            cache.texts[chunk.request_id] = known
             size = min(chunk_size, chunk.max_total_tokens - len(known))
             num_pages_needed = -(-(len(known) + size) // PAGE_SIZE)
             planner.add(

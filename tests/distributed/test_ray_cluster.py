@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import ray
 
@@ -12,7 +13,7 @@ from seer_jax.config.schema import RolloutConfig, RunConfig, ShardingConfig
 from seer_jax.core.commands import Command
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.errors import CapacityError, ConfigError, InstanceLostError, ProtocolError, SeerError
-from seer_jax.core.events import Event, InstanceLost, InstanceReport
+from seer_jax.core.events import ChunkFinished, Event, InstanceLost, InstanceReport
 from seer_jax.core.scheduling import make_policy
 from seer_jax.core.types import KVHandle, RequestChunk, SamplingParams
 from seer_jax.distributed import ray_cluster
@@ -188,6 +189,27 @@ def test_error_inside_the_engine_thread_reaches_the_caller() -> None:
     with pytest.raises(ProtocolError, match="policy version 9"):
         while True:
             cluster.wait()
+    cluster.close()
+
+
+def test_kv_of_a_dead_or_unknown_instance_costs_a_prefill() -> None:
+    config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, instances=2))
+    cluster = RayCluster(config, tiny.MODEL, tiny.params())
+    ray.kill(cluster._actors[0])
+    whole = [tiny.chunk(tiny.prompt(i, 9), index=i) for i in range(2)]
+    tokens = [tiny.reference_decode(chunk)[0] for chunk in whole]
+    for i, owner in enumerate((0, 7)):
+        known = np.concatenate([whole[i].token_ids, np.array(tokens[i][:6], np.int32)])
+        kv = KVHandle(num_tokens=14, policy_version=0, ref=owner)
+        cluster.send({1: [tiny.chunk(known, num_prompt=9, index=i, chunk_index=1, kv=kv)]})
+    finished, prefilled = {}, 0
+    while len(finished) < 2:
+        for event in cluster.wait():
+            if isinstance(event, ChunkFinished):
+                finished[event.request_id.index] = event.token_ids.tolist()
+            elif isinstance(event, InstanceReport):
+                prefilled = event.status.num_reprefilled_tokens
+    assert finished == {i: tokens[i][6:] for i in range(2)} and prefilled == 2 * 14
     cluster.close()
 
 

@@ -117,6 +117,37 @@ def test_parked_kv_whose_pages_are_needed_waits_on_the_host() -> None:
     assert kv is not None and kv.num_tokens == 9 + 6 - 1
 
 
+def test_kv_that_reaches_further_than_the_known_tokens_is_cut() -> None:
+    """The instance went on, but its last report was lost: the chunk is run again from the tokens that arrived."""
+    whole = tiny.chunk(tiny.prompt(0, 9))
+    tokens, _ = tiny.reference_decode(whole)
+    first, second = make_engine(), make_engine()
+    first.submit(tiny.chunk(whole.token_ids, max_chunk=6))
+    (event,) = tiny.drain(first).values()
+    again = tiny.chunk(whole.token_ids, max_chunk=6, chunk_index=1, kv=event.kv)
+    moved = dataclasses.replace(again, kv=dataclasses.replace(event.kv, ref=first.take_kv(whole.request_id)))
+    second.submit(moved)
+    (event,) = tiny.drain(second).values()
+    assert event.token_ids.tolist() == tokens[:6] and second.status().num_imported_tokens == 8
+    second.submit(again)  # from what is parked there
+    (event,) = tiny.drain(second).values()
+    assert event.token_ids.tolist() == tokens[:6] and second.status().num_prefilled_tokens == 0
+
+
+def test_kv_is_taken_once_and_not_while_the_request_runs() -> None:
+    whole = tiny.chunk(tiny.prompt(0, 9))
+    engine = make_engine()
+    engine.submit(tiny.chunk(whole.token_ids, max_chunk=6))
+    (event,) = tiny.drain(engine).values()
+    known = np.concatenate([whole.token_ids, event.token_ids])
+    engine.submit(tiny.chunk(known, num_prompt=9, chunk_index=1, max_chunk=12, kv=event.kv))
+    engine.step()  # 8 steps at most
+    assert engine.take_kv(whole.request_id) is None
+    (event,) = tiny.drain(engine).values()
+    assert event.token_ids.tolist() == tiny.reference_decode(whole)[0][6:18]
+    assert engine.take_kv(whole.request_id) is not None and engine.take_kv(whole.request_id) is None
+
+
 def test_missing_kv_costs_a_prefill_and_no_token() -> None:
     whole = tiny.chunk(tiny.prompt(0, 9))
     tokens, _ = tiny.reference_decode(whole)
