@@ -11,6 +11,7 @@ from seer_jax.core.errors import CapacityError, ConfigError, SeerError
 VERBS = {
     "train": "improve a model by GRPO with Seer's rollout",
     "rollout": "sample responses once and measure the scheduling",
+    "bench": "measure the drafter on recorded responses: acceptance, latency, size",
     "config": "list the presets, show one with all its settings",
     "doctor": "say what this machine and this installation can do",
 }

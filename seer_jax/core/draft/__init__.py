@@ -1,0 +1,1 @@
+"""Drafting: suffix structures, draft trees."""
