@@ -35,6 +35,7 @@ SHORT_FORMS = {
     "--policy": "--rollout.policy",
     "--instances": "--rollout.instances",
     "--runtime": "--rollout.runtime",
+    "--speculation": "--speculation.mode",
 }
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]

@@ -95,6 +95,18 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeculationConfig:
+    """Speculative decoding; never changes a token."""
+
+    mode: Literal["off", "suffix", "grouped"] = "off"
+    """`suffix`: a request drafts from itself. `grouped`: from all that its group has said on the instance."""
+    max_draft_tokens: int = 8
+    """Longest draft."""
+    min_probability: float = 0.3
+    """A draft ends before it gets less likely than this."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardingConfig:
     """Mesh of one instance; the product of the axes is its number of devices."""
 
@@ -158,6 +170,7 @@ class RunConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run_dir: str = "runs/{name}-{time}"

@@ -26,6 +26,8 @@ AT_LEAST = {
     "engine.max_prefill_tokens": 1,
     "engine.prefill_tile": 1,
     "engine.max_steps_per_dispatch": 1,
+    "speculation.max_draft_tokens": 1,
+    "speculation.min_probability": 0,
     "sharding.data": 1,
     "sharding.expert": 1,
     "sharding.tensor": 1,

@@ -5,7 +5,8 @@ of query tokens of one request that attend together: a decode row (1 token) or a
 first.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class StepShape:
         tile: Query tokens per prefill tile.
         num_pages: Width of the block tables.
         truncates: Whether any request asks for top-k or top-p; sorting the vocabulary costs run and compile time.
+        verifies: Whether a token is drawn after every token of a tile (its drafts), not after the last one only.
     """
 
     num_rows: int
@@ -40,6 +42,7 @@ class StepShape:
     tile: int
     num_pages: int
     truncates: bool = False
+    verifies: bool = False
 
     @property
     def num_entries(self) -> int:
@@ -57,14 +60,19 @@ class StepShape:
         return 1 + self.num_entries * (NUM_FIELDS + self.num_pages) + self.num_tokens
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Entry:
-    """`count` query tokens of `sequence` from position `start`; `sample` if the next token is drawn after them."""
+    """Query tokens of `sequence` from position `start`; `sample` if the next token is drawn after them."""
 
     sequence: Sequence
     start: int
-    count: int
+    token_ids: np.ndarray
     sample: bool
+
+    @property
+    def count(self) -> int:
+        """Query tokens."""
+        return len(self.token_ids)
 
 
 def split_entries(plan: StepPlan, tile: int) -> tuple[list[Entry], list[Entry]]:
@@ -73,15 +81,40 @@ def split_entries(plan: StepPlan, tile: int) -> tuple[list[Entry], list[Entry]]:
     With `tile == 1` prefill tokens become rows as well: the deterministic mode, where every token of every request is
     computed by the same program at the same shape.
     """
-    rows = [Entry(sequence=s, start=s.num_tokens - 1, count=1, sample=True) for s in plan.decodes]
+    rows = [_entry(s, s.num_tokens - 1, s.num_tokens, sample=True) for s in plan.decodes]
     tiles = []
     for piece in plan.prefills:
         end = piece.start + piece.count
         for start in range(piece.start, end, tile):
-            count = min(tile, end - start)
-            sample = piece.is_last and start + count == end
-            tiles.append(Entry(sequence=piece.sequence, start=start, count=count, sample=sample))
+            stop = min(start + tile, end)
+            tiles.append(_entry(piece.sequence, start, stop, sample=piece.is_last and stop == end))
     return (rows + tiles, []) if tile == 1 else (rows, tiles)
+
+
+def split_drafts(
+    sequences: SequenceOf[Sequence], drafts: SequenceOf[np.ndarray], *, as_rows: bool
+) -> tuple[list[Entry], list[Entry]]:
+    """Entries that verify drafts: the newest token and the draft after it, and a token drawn after each of them.
+
+    Args:
+        sequences: Sequences ready to decode.
+        drafts: int32 draft tokens of each; may be empty.
+        as_rows: Every token is a row of its own, as the deterministic mode has it, instead of one tile per sequence.
+
+    Returns:
+        Rows and tiles, in the order of the sequences.
+    """
+    entries = []
+    for sequence, draft in zip(sequences, drafts, strict=True):
+        start = sequence.num_tokens - 1
+        token_ids = np.concatenate([sequence.token_ids[start : start + 1], draft])
+        runs = [token_ids[i : i + 1] for i in range(len(token_ids))] if as_rows else [token_ids]
+        entries += [Entry(sequence=sequence, start=start + i, token_ids=run, sample=True) for i, run in enumerate(runs)]
+    return (entries, []) if as_rows else ([], entries)
+
+
+def _entry(sequence: Sequence, start: int, stop: int, *, sample: bool) -> Entry:
+    return Entry(sequence=sequence, start=start, token_ids=sequence.token_ids[start:stop], sample=sample)
 
 
 def pack(rows: list[Entry], tiles: list[Entry], shape: StepShape, num_steps: int) -> np.ndarray:
@@ -122,7 +155,7 @@ def pack(rows: list[Entry], tiles: list[Entry], shape: StepShape, num_steps: int
             line[STOP_IDS : STOP_IDS + len(sampling.stop_token_ids)] = sampling.stop_token_ids
             pages = sequence.pages[: shape.num_pages]
             line[NUM_FIELDS : NUM_FIELDS + len(pages)] = pages
-            tokens[i, : entry.count] = sequence.token_ids[entry.start : entry.start + entry.count]
+            tokens[i, : entry.count] = entry.token_ids
     return packed
 
 
@@ -132,9 +165,14 @@ class StepBuckets:
     Decode programs come in a few numbers of rows; mixed programs always have all rows and come in a few numbers of
     tiles. Context lengths need no buckets: attention does the work of the context that is there. In the deterministic
     mode there is one shape, so that every token of every request is computed by the same program.
+
+    Args:
+        config: Slots, pages, prefill.
+        max_draft_tokens: Longest draft to verify; 0 = no drafts.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, max_draft_tokens: int = 0) -> None:
+        self.max_draft_tokens = max_draft_tokens
         self.max_pages = pages_for_tokens(config.max_model_len, config.page_size)
         self._is_deterministic = config.deterministic
         num_slots = config.max_num_seqs
@@ -153,7 +191,9 @@ class StepBuckets:
     def all_shapes(self, truncates: bool) -> list[StepShape]:
         """Every shape that `pick` can return for requests that all truncate, or all do not."""
         decode = [self._shape(rows, 0, truncates) for rows in self._rows]
-        return decode + [self._shape(self._rows[-1], tiles, truncates) for tiles in self._tiles]
+        mixed = [self._shape(self._rows[-1], tiles, truncates) for tiles in self._tiles]
+        verify = [self._verify_shape(rows, truncates) for rows in self._rows] if self._verifies_tiles else []
+        return decode + mixed + verify
 
     def pick(self, rows: list[Entry], tiles: list[Entry]) -> StepShape:
         """The smallest shape that holds these entries."""
@@ -161,6 +201,26 @@ class StepBuckets:
         if tiles:
             return self._shape(self._rows[-1], pick_bucket(len(tiles), self._tiles), truncates)
         return self._shape(pick_bucket(len(rows), self._rows), 0, truncates)
+
+    def pick_verify(self, rows: list[Entry], tiles: list[Entry]) -> StepShape:
+        """The shape that verifies these entries of `split_drafts`."""
+        if not tiles:
+            return self.pick(rows, tiles)
+        truncates = any(_truncates(entry.sequence.chunk.sampling) for entry in tiles)
+        return self._verify_shape(pick_bucket(len(tiles), self._rows), truncates)
+
+    @property
+    def max_verify_tokens(self) -> int:
+        """Tokens, drafts and the newest ones, that one step can verify."""
+        return self._rows[-1] if self._is_deterministic else self._rows[-1] * (1 + self.max_draft_tokens)
+
+    @property
+    def _verifies_tiles(self) -> bool:
+        return self.max_draft_tokens > 0 and not self._is_deterministic
+
+    def _verify_shape(self, num_tiles: int, truncates: bool) -> StepShape:
+        width = 1 + self.max_draft_tokens
+        return replace(self._shape(0, num_tiles, truncates), tile=width, verifies=True)
 
     def _shape(self, num_rows: int, num_tiles: int, truncates: bool) -> StepShape:
         return StepShape(

@@ -127,6 +127,9 @@ class InstanceStatus:
         num_reprefilled_tokens: Those of them whose KV had existed before and was lost.
         num_shared_tokens: Prompt tokens whose KV was copied from a sibling on the instance instead.
         num_imported_tokens: Tokens of resumed chunks whose KV came from the host or from another instance.
+        num_drafted_tokens: Draft tokens verified.
+        num_accepted_tokens: Those of them that were what the model says.
+        num_verified: Drafts verified, one per sequence and step, empty ones included.
         num_free_pages: Pages that a chunk could get; those of paused requests' KV are among them.
     """
 
@@ -146,6 +149,11 @@ class InstanceStatus:
     num_dispatches: int = 0
     host_time_s: float = 0.0
     device_time_s: float = 0.0
+    draft_time_s: float = 0.0
+    verify_time_s: float = 0.0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_verified: int = 0
     max_kv_utilization: float = 0.0
     policy_version: int = 0
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import jax
@@ -9,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from seer_jax.config.schema import EngineConfig
-from seer_jax.core.batching import BatchPlanner, ParkedKV
+from seer_jax.config.schema import EngineConfig, SpeculationConfig
+from seer_jax.core.batching import BatchPlanner, ParkedKV, StepPlan
+from seer_jax.core.draft.client import DraftClient, count_accepted
+from seer_jax.core.draft.speculate import SpeculationArgs
 from seer_jax.core.errors import ProtocolError, TransferError
 from seer_jax.core.events import ChunkFinished
-from seer_jax.core.packing import StepBuckets, StepShape, pack, split_entries
+from seer_jax.core.packing import StepBuckets, StepShape, pack, split_drafts, split_entries
 from seer_jax.core.sequence import Sequence
 from seer_jax.core.types import InstanceInfo, InstanceStatus, KVHandle, RequestChunk, RequestId
 from seer_jax.engine.kv_transfer import HostKV, KVTransfer
@@ -21,6 +24,10 @@ from seer_jax.engine.step import make_step, unpack_outputs
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import decoder_specs
 from seer_jax.sharding import shardings_for
+
+Emitted = dict[Sequence, tuple[np.ndarray, np.ndarray]]
+"""Token ids and log-probabilities by sequence."""
+NO_SPECULATION = SpeculationConfig()
 
 
 class Engine:
@@ -35,6 +42,7 @@ class Engine:
         params: Mapping[str, Any],
         config: EngineConfig,
         *,
+        speculation: SpeculationConfig = NO_SPECULATION,
         instance_id: int = 0,
         policy_version: int = 0,
         mesh: Mesh | None = None,
@@ -45,6 +53,7 @@ class Engine:
             model_config: Shapes of the model.
             params: Weights, on host or device, in the type that computes and is cached.
             config: Slots, pages, buckets.
+            speculation: Whether and how to draft tokens.
             instance_id: Name of this instance in events.
             policy_version: Version of `params`.
             mesh: Devices of this instance; None = the default device.
@@ -60,7 +69,8 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
         )
-        self._buckets = StepBuckets(config)
+        self._drafter = None if speculation.mode == "off" else _make_drafter(speculation)
+        self._buckets = StepBuckets(config, speculation.max_draft_tokens if self._drafter else 0)
         self._planner = BatchPlanner(
             self.info,
             max_prefill_tokens=self._buckets.max_prefill_tokens,
@@ -125,20 +135,54 @@ class Engine:
         self._save_evicted()
         if plan.copies:
             self._caches = self._transfer.copy_pages(self._caches, plan.copies)
-        rows, tiles = split_entries(plan, self._buckets.tile)
-        shape = self._buckets.pick(rows, tiles)
-        packed = pack(rows, tiles, shape, plan.num_steps)
-        launched = time.perf_counter()
-        outputs = self._launch(shape, packed)
-        arrived = time.perf_counter()
-        entries = [*enumerate(rows), *enumerate(tiles, start=shape.num_rows)]
-        emitted = {entry.sequence: unpack_outputs(outputs, i) for i, entry in entries if entry.sample}
+        device_time_s = self._device_time_s
+        drafts = self._draft(plan)
+        emitted = self._decode(plan) if drafts is None else self._verify(plan.decodes, drafts)
         finished = [self._finish(sequence) for sequence in self._planner.commit(plan, emitted)]
         self._num_dispatches += 1
-        self._num_steps += int(outputs[0].max(initial=1))
-        self._device_time_s += arrived - launched
-        self._host_time_s += time.perf_counter() - arrived + launched - started
+        self._host_time_s += time.perf_counter() - started - (self._device_time_s - device_time_s)
         return finished
+
+    def _decode(self, plan: StepPlan) -> Emitted:
+        """Run a plan without drafts: prefill slices and one step, or several decode steps."""
+        rows, tiles = split_entries(plan, self._buckets.tile)
+        shape = self._buckets.pick(rows, tiles)
+        outputs = self._launch(shape, pack(rows, tiles, shape, plan.num_steps))
+        self._num_steps += int(outputs[0].max(initial=1))
+        entries = [*enumerate(rows), *enumerate(tiles, start=shape.num_rows)]
+        return {entry.sequence: unpack_outputs(outputs, i) for i, entry in entries if entry.sample}
+
+    def _draft(self, plan: StepPlan) -> list[np.ndarray] | None:
+        """Draft for all sequences of a pure decode step; None if it does not pay or there is nothing to draft from."""
+        if self._drafter is None or plan.prefills:
+            return None
+        started = time.perf_counter()
+        sequences, page_size = plan.decodes, self.info.page_size
+        most = min(self._buckets.max_draft_tokens, self._buckets.max_verify_tokens // len(sequences) - 1)
+        rooms = [min(s.limit - s.num_tokens - 1, len(s.pages) * page_size - s.num_tokens) for s in sequences]
+        drafts = self._drafter.draft(sequences, np.clip(rooms, 0, most).astype(np.int32))
+        self._draft_time_s += time.perf_counter() - started
+        return drafts if sum(map(len, drafts)) >= len(drafts) else None
+
+    def _verify(self, sequences: SequenceOf[Sequence], drafts: SequenceOf[np.ndarray]) -> Emitted:
+        """Verify drafts in one step; what is emitted is what plain decoding would say."""
+        rows, tiles = split_drafts(sequences, drafts, as_rows=self.config.deterministic)
+        shape = self._buckets.pick_verify(rows, tiles)
+        device_time_s = self._device_time_s
+        outputs = self._launch(shape, pack(rows, tiles, shape, 1))
+        self._verify_time_s += self._device_time_s - device_time_s
+        drawn, logprobs = outputs if shape.verifies else outputs[1:3]
+        emitted, place = {}, 0
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            said = drawn[place : place + len(draft) + 1]
+            count = count_accepted(said, draft, sequence.chunk.sampling.stop_token_ids)
+            emitted[sequence] = said[:count], logprobs[place : place + count].view(np.float32)
+            place += shape.tile if tiles else len(said)
+            self._num_drafted_tokens += len(draft)
+            self._num_accepted_tokens += count - 1
+        self._num_steps += 1
+        self._num_verified += len(drafts)
+        return emitted
 
     def status(self) -> InstanceStatus:
         """Telemetry since `start_iteration`."""
@@ -149,6 +193,11 @@ class Engine:
             num_dispatches=self._num_dispatches,
             host_time_s=self._host_time_s,
             device_time_s=self._device_time_s,
+            draft_time_s=self._draft_time_s,
+            verify_time_s=self._verify_time_s,
+            num_drafted_tokens=self._num_drafted_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
+            num_verified=self._num_verified,
             policy_version=self.policy_version,
         )
 
@@ -165,6 +214,8 @@ class Engine:
         self.policy_version = policy_version
         self._planner.start_iteration()
         self._saved_kv.clear()
+        if self._drafter is not None:
+            self._drafter.clear()
         self._reset_measurements()
 
     def warmup(self, *, num_peers: int = 1, truncates: bool = False) -> int:
@@ -184,12 +235,16 @@ class Engine:
 
     def _launch(self, shape: StepShape, packed: np.ndarray) -> np.ndarray:
         step = make_step(self.model_config, shape, max_steps=self.config.max_steps_per_dispatch)
+        launched = time.perf_counter()
         self._caches, outputs = step(self.params, self._caches, packed)
-        return np.asarray(outputs)
+        outputs = np.asarray(outputs)
+        self._device_time_s += time.perf_counter() - launched
+        return outputs
 
     def _reset_measurements(self) -> None:
         self._num_steps = self._num_dispatches = 0
-        self._host_time_s = self._device_time_s = 0.0
+        self._num_drafted_tokens = self._num_accepted_tokens = self._num_verified = 0
+        self._host_time_s = self._device_time_s = self._draft_time_s = self._verify_time_s = 0.0
 
     def _place(self, params: Mapping[str, Any]) -> Any:
         return jax.device_put(params, self._param_shardings)
@@ -223,6 +278,8 @@ class Engine:
     def _finish(self, sequence: Sequence) -> ChunkFinished:
         chunk, reason = sequence.chunk, sequence.finish_reason
         handle = None
+        if self._drafter is not None:
+            self._drafter.observe(sequence)
         if reason == "chunk":
             handle = KVHandle(
                 num_tokens=sequence.num_computed, policy_version=self.policy_version, ref=self.info.instance_id
@@ -240,3 +297,8 @@ class Engine:
             policy_version=self.policy_version,
             kv=handle,
         )
+
+
+def _make_drafter(speculation: SpeculationConfig) -> DraftClient:
+    args = SpeculationArgs(max_spec_tokens=speculation.max_draft_tokens, min_probability=speculation.min_probability)
+    return DraftClient(args, grouped=speculation.mode == "grouped")

@@ -38,6 +38,7 @@ def build_engine(
         model_config,
         params,
         config.engine,
+        speculation=config.speculation,
         instance_id=instance_id,
         mesh=make_mesh(config.sharding, jax.devices()[first_device:]),
     )

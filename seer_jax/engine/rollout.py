@@ -28,6 +28,8 @@ class RolloutStats:
         prefilled_tokens: Tokens whose KV was computed in prefill slices.
         reprefilled_tokens: Those of them whose KV had existed before and was lost.
         shared_tokens: Prompt tokens whose KV was copied from a sibling instead.
+        mean_acceptance_length: Tokens emitted per verified draft, the one that the model adds included.
+        draft_time_s: Host time of drafting, all instances together; `verify_time_s` is the device's of verification.
         imported_tokens: Tokens of resumed chunks whose KV came from the host or from another instance.
         max_kv_utilization: Highest share of pages in use at any instance, those of paused requests aside.
     """
@@ -45,6 +47,12 @@ class RolloutStats:
     imported_tokens: int
     max_kv_utilization: float
     host_time_share: float
+    num_steps: int
+    drafted_tokens: int
+    accepted_tokens: int
+    mean_acceptance_length: float
+    draft_time_s: float
+    verify_time_s: float
     output_sha256: str
 
 
@@ -157,6 +165,7 @@ def summarize(
     statuses = list(statuses)
     generated = sum(len(sample.token_ids) for sample in samples)
     busy_s = sum(s.host_time_s + s.device_time_s for s in statuses)
+    num_verified = sum(s.num_verified for s in statuses)
     first_tail = max(0, int(np.ceil(len(finish_times) * (1 - TAIL_SHARE))) - 1)
     return RolloutStats(
         num_requests=len(samples),
@@ -172,5 +181,11 @@ def summarize(
         imported_tokens=sum(s.num_imported_tokens for s in statuses),
         max_kv_utilization=max((s.max_kv_utilization for s in statuses), default=0.0),
         host_time_share=sum(s.host_time_s for s in statuses) / busy_s if busy_s else 0.0,
+        num_steps=sum(s.num_steps for s in statuses),
+        drafted_tokens=sum(s.num_drafted_tokens for s in statuses),
+        accepted_tokens=sum(s.num_accepted_tokens for s in statuses),
+        mean_acceptance_length=1 + sum(s.num_accepted_tokens for s in statuses) / max(1, num_verified),
+        draft_time_s=sum((s.draft_time_s for s in statuses), 0.0),
+        verify_time_s=sum((s.verify_time_s for s in statuses), 0.0),
         output_sha256=output_sha256(list(samples)),
     )

@@ -73,10 +73,31 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int) -> Ste
     Returns:
         `step(params, caches, packed) -> (caches, outputs)`. Caches are donated. `outputs` is int32
         [1 + 2 * steps, num_entries]: how many tokens each entry emitted, then token ids and bits of log-probabilities
-        of step 0, of step 1, ...
+        of step 0, of step 1, ... A program that verifies returns int32 [2, num_tokens]: the tokens drawn after every
+        token, and the bits of their log-probabilities.
     """
 
     run_model = partial(_run_model, config=config, shape=shape)
+    options = CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None
+
+    def verify(params: Params, caches: Caches, packed: Array) -> tuple[Caches, Array]:
+        entries, token_ids = _unpack(packed, shape)
+        arrays = entries.first_position, entries.count, entries.block_tables
+        hidden, caches = run_model(params, caches, token_ids, *arrays)
+        of_token = jax.tree.map(lambda column: jnp.repeat(column, shape.tile, axis=0), entries)
+        drawn, logprobs = sample(
+            decoder.project_logits(params, config, hidden),
+            of_token.keys,
+            of_token.first_position + jnp.tile(jnp.arange(shape.tile), shape.num_tiles) + 1,
+            of_token.temperature,
+            of_token.top_k,
+            of_token.top_p,
+            truncates=shape.truncates,
+        )
+        return caches, jnp.stack([drawn, jax.lax.bitcast_convert_type(logprobs, jnp.int32)])
+
+    if shape.verifies:
+        return jax.jit(verify, donate_argnums=1, compiler_options=options)
 
     def step(params: Params, caches: Caches, packed: Array) -> tuple[Caches, Array]:
         entries, token_ids = _unpack(packed, shape)
@@ -84,7 +105,7 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int) -> Ste
         def advance(state: LoopState) -> LoopState:
             count = jnp.where(state.is_active, entries.count, 0)
             hidden, caches = run_model(params, state.caches, state.tokens, state.position, count, entries.block_tables)
-            logits = decoder.project_logits(params, config, hidden)
+            logits = decoder.project_logits(params, config, hidden[_last_tokens(count, shape)])
             position = state.position + count
             drawn, logprobs = sample(
                 logits,
@@ -130,7 +151,6 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int) -> Ste
             )
         return state.caches, jnp.concatenate([state.num_emitted[None], state.outputs.reshape(-1, shape.num_entries)])
 
-    options = CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None
     return jax.jit(step, donate_argnums=1, compiler_options=options)
 
 
@@ -171,8 +191,8 @@ def _run_model(
     *,
     config: DecoderConfig,
     shape: StepShape,
-) -> tuple[Float[Array, "E M"], Caches]:
-    """One forward over the packed tokens; returns the hidden state of every entry's last token, and the caches."""
+) -> tuple[Float[Array, "T M"], Caches]:
+    """One forward over the packed tokens; returns their hidden states, and the caches."""
     num_rows, tile = shape.num_rows, shape.tile
     offset = jnp.arange(tile)
     positions = jnp.concatenate([first_position[:num_rows], (first_position[num_rows:, None] + offset).reshape(-1)])
@@ -207,6 +227,11 @@ def _run_model(
         return mla.unabsorb_values(attention_params, jnp.concatenate(outputs))
 
     hidden = decoder.forward(params, config, token_ids, positions, attend)
-    last = jnp.arange(shape.num_entries)
-    in_tiles = num_rows + (last - num_rows) * tile + jnp.maximum(count - 1, 0)
-    return hidden[jnp.where(last < num_rows, last, in_tiles)], new_caches
+    return hidden, new_caches
+
+
+def _last_tokens(count: Int32[Array, "E"], shape: StepShape) -> Int32[Array, "E"]:
+    """Index of every entry's last token among the packed ones."""
+    entry, num_rows = jnp.arange(shape.num_entries), shape.num_rows
+    in_tiles = num_rows + (entry - num_rows) * shape.tile + jnp.maximum(count - 1, 0)
+    return jnp.where(entry < num_rows, entry, in_tiles)

@@ -1,13 +1,14 @@
 """Packed step inputs: what goes in comes out, and every plan has a bucket."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from seer_jax.config.schema import EngineConfig
 from seer_jax.core import packing
 from seer_jax.core.batching import PrefillSlice, StepPlan
-from seer_jax.core.packing import Entry, StepBuckets, StepShape, pack, split_entries
+from seer_jax.core.packing import Entry, StepBuckets, StepShape, pack, split_drafts, split_entries
 from seer_jax.core.sequence import Sequence
 from seer_jax.core.types import RequestChunk, RequestId, SamplingParams
 
@@ -35,8 +36,9 @@ def test_packed_fields_read_back_exactly() -> None:
     sequence = make_sequence(9, sampling, key)
     sequence.pages = [11, 12, 13]
     shape = StepShape(num_rows=2, num_tiles=1, tile=4, num_pages=2)
-    tile = Entry(sequence=sequence, start=4, count=3, sample=False)
-    packed = pack([Entry(sequence=sequence, start=8, count=1, sample=True)], [tile], shape, num_steps=6)
+    tile = Entry(sequence=sequence, start=4, token_ids=sequence.token_ids[4:7], sample=False)
+    row = Entry(sequence=sequence, start=8, token_ids=sequence.token_ids[8:9], sample=True)
+    packed = pack([row], [tile], shape, num_steps=6)
     assert packed.shape == (shape.packed_size,) and packed[0] == 6
     table = packed[1 : 1 + 3 * (packing.NUM_FIELDS + 2)].reshape(3, -1)
     row, padding, piece = table
@@ -98,16 +100,38 @@ def test_every_possible_plan_has_a_compiled_shape(
     num_tiles = data.draw(st.integers(0, 0 if deterministic else buckets.max_prefill_tokens // buckets.tile))
     extra_rows = buckets.max_prefill_tokens if deterministic else 0
     num_rows = data.draw(st.integers(0 if num_tiles else 1, max_num_seqs + extra_rows))
-    row = Entry(sequence=sequence, start=sequence.num_tokens - 1, count=1, sample=True)
+    (row,), _ = split_drafts([sequence], [np.zeros(0, np.int32)], as_rows=True)
     shape = buckets.pick([row] * num_rows, [row] * num_tiles)
     assert shape in buckets.all_shapes(truncates=False)
     assert shape.num_rows >= num_rows and shape.num_tiles >= num_tiles
     assert shape.num_pages * page_size >= max_model_len
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_every_draft_has_a_compiled_shape(deterministic: bool) -> None:
+    buckets = StepBuckets(EngineConfig(max_num_seqs=5, max_prefill_tokens=32, deterministic=deterministic), 7)
+    sequence = make_sequence(9)
+    for count in range(1, 6):
+        longest = min(7, buckets.max_verify_tokens // count - 1)
+        for lengths in ([longest] * count, [0] * (count - 1) + [longest], [0] * count):
+            drafts = [np.arange(length, dtype=np.int32) for length in lengths]
+            rows, tiles = split_drafts([sequence] * count, drafts, as_rows=deterministic)
+            shape = buckets.pick_verify(rows, tiles)
+            assert shape in buckets.all_shapes(truncates=False)
+            packed = pack(rows, tiles, shape, 1)
+            tokens = packed[len(packed) - shape.num_tokens :].reshape(-1, shape.tile)
+            newest = sequence.token_ids[8]
+            expected = [[newest, *draft] for draft in drafts]
+            if deterministic:
+                assert tokens[: len(rows), 0].tolist() == [token for run in expected for token in run]
+            else:
+                assert [tokens[i, : len(run)].tolist() for i, run in enumerate(expected)] == expected
+            assert len(rows) <= shape.num_rows and len(tiles) <= shape.num_tiles
+
+
 def test_truncating_requests_get_their_own_program() -> None:
     buckets = StepBuckets(EngineConfig())
     sequence = make_sequence(5, SamplingParams(max_tokens=30, top_k=3))
-    row = Entry(sequence=sequence, start=4, count=1, sample=True)
+    (row,), _ = split_drafts([sequence], [np.zeros(0, np.int32)], as_rows=True)
     shape = buckets.pick([row], [])
     assert shape.truncates and shape in buckets.all_shapes(truncates=True)
