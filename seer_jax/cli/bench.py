@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -60,6 +61,9 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: For bad arguments or a file that does not fit.
     """
+    if argv and argv[0] in ("-h", "--help"):
+        print("usage: seer-jax bench draft [options]\n\n`seer-jax bench draft --help` lists the options.")
+        return 0
     if not argv or argv[0] not in BENCHES:
         name = argv[0] if argv else ""
         raise ConfigError("bench", f"no benchmark {name!r}", did_you_mean(name, BENCHES))
@@ -94,7 +98,7 @@ def load_groups(path: str) -> list[RecordedGroup]:
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in ARRAYS}
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, EOFError, TypeError, BadZipFile) as error:
         raise ConfigError("data", f"{path}: {error}", "an .npz with " + ", ".join(ARRAYS)) from error
     for name, array in arrays.items():
         if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
@@ -109,7 +113,7 @@ def load_groups(path: str) -> list[RecordedGroup]:
         ascends = np.all(np.diff(offsets) >= 0) and np.all(offsets[:1] >= 0)
         if len(offsets) <= count or not ascends or offsets[-1] > len(arrays[flat]):
             raise ConfigError("data", f"{path}: {name} does not cut {flat}", f"{count} + 1 ascending offsets")
-    if not len(groups) or groups.min() < 0:
+    if not len(groups) or groups.min() < 0 or not len(arrays["token_ids"]):
         raise ConfigError("data", f"{path}: no responses, or a group below 0", "`group` holds indices of prompts")
 
     def cut(name: str, offsets: str, index: int) -> np.ndarray:

@@ -96,12 +96,13 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculationConfig:
-    """Speculative decoding; never changes a token."""
+    """Speculative decoding; changes no token, up to rounding (`engine.deterministic`: not a bit)."""
 
     mode: Literal["off", "suffix", "grouped"] = "off"
-    """`suffix`: a request drafts from itself. `grouped`: from all that its group has said on the instance."""
+    """`off` (in quotes in YAML). `suffix`: a request drafts from itself. `grouped`: from all that its group has said on
+    the instance."""
     max_draft_tokens: int = 8
-    """Longest draft."""
+    """Longest draft, 64 at most; a step's logits grow with it."""
     min_probability: float = 0.3
     """A draft ends before it gets less likely than this."""
 

@@ -54,6 +54,8 @@ ABOVE_ZERO = (
 )
 """Settings that zero makes meaningless."""
 
+MAX_DRAFT_TOKENS = 64
+"""A verification draws a token after every draft token: slots x this x vocabulary logits."""
 RESERVED_PAGES = 1
 """Page 0 takes the writes of padding rows and is never handed out."""
 
@@ -89,6 +91,12 @@ def _check_ranges(config: RunConfig) -> None:
         raise ConfigError("sharding.data", problem, "raise rollout.instances instead")
     if config.sampling.top_p > 1:
         raise ConfigError("sampling.top_p", f"is {config.sampling.top_p}", "give a share in (0, 1]; 1 keeps all")
+    if config.speculation.min_probability >= 1:
+        problem = f"is {config.speculation.min_probability}, which nothing reaches"
+        raise ConfigError("speculation.min_probability", problem, "give a number in [0, 1)")
+    if config.speculation.max_draft_tokens > MAX_DRAFT_TOKENS:
+        problem = f"is {config.speculation.max_draft_tokens}"
+        raise ConfigError("speculation.max_draft_tokens", problem, f"at most {MAX_DRAFT_TOKENS}")
     if config.train.clip_low >= 1:
         problem = f"is {config.train.clip_low}, so the ratio is never clipped from below"
         raise ConfigError("train.clip_low", problem, "give a number in (0, 1)")

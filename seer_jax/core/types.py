@@ -128,7 +128,7 @@ class InstanceStatus:
         num_shared_tokens: Prompt tokens whose KV was copied from a sibling on the instance instead.
         num_imported_tokens: Tokens of resumed chunks whose KV came from the host or from another instance.
         num_drafted_tokens: Draft tokens verified.
-        num_accepted_tokens: Those of them that were what the model says.
+        num_accepted_tokens: Tokens emitted by verification beyond the one that a plain step emits.
         num_verified: Drafts verified, one per sequence and step, empty ones included.
         num_free_pages: Pages that a chunk could get; those of paused requests' KV are among them.
     """

@@ -231,6 +231,8 @@ class Engine:
         for shape in shapes[first:] + shapes[:first]:
             self._launch(shape, pack([], [], shape, 0))
         self._caches = self._transfer.warmup(self._caches)
+        if self._drafter is not None:
+            self._drafter.warmup()
         return len(shapes)
 
     def _launch(self, shape: StepShape, packed: np.ndarray) -> np.ndarray:

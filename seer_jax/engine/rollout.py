@@ -28,8 +28,10 @@ class RolloutStats:
         prefilled_tokens: Tokens whose KV was computed in prefill slices.
         reprefilled_tokens: Those of them whose KV had existed before and was lost.
         shared_tokens: Prompt tokens whose KV was copied from a sibling instead.
-        mean_acceptance_length: Tokens emitted per verified draft, the one that the model adds included.
-        draft_time_s: Host time of drafting, all instances together; `verify_time_s` is the device's of verification.
+        mean_acceptance_length: Tokens emitted per verification, empty drafts included; 1 without speculation.
+        num_steps: Model steps, all instances together.
+        draft_time_s: Host time of drafting, all instances together, part of the host's share.
+        verify_time_s: Device time of verification, all instances together.
         imported_tokens: Tokens of resumed chunks whose KV came from the host or from another instance.
         max_kv_utilization: Highest share of pages in use at any instance, those of paused requests aside.
     """

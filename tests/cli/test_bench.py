@@ -67,6 +67,13 @@ def test_bad_input_is_one_line(
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off"])
+def test_broken_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    (tmp_path / "broken.npz").write_bytes(content)
+    assert main(["bench", "draft", "--data", str(tmp_path / "broken.npz")]) == 2
+    assert capsys.readouterr().err.startswith("seer-jax: error: data:")
+
+
 @pytest.mark.parametrize(("arguments", "message"), [([], "no benchmark"), (["draft", "--data", "nowhere"], "no file")])
 def test_missing_benchmark_or_file(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert main(["bench", *arguments]) == 2

@@ -132,6 +132,41 @@ def test_growth_keeps_everything_and_stays_small() -> None:
     assert automaton.num_bytes < 100 * automaton.num_tokens
 
 
+@given(
+    st.integers(0, 60),
+    st.lists(st.tuples(st.integers(0, 11), st.lists(st.integers(0, 7), min_size=1, max_size=4)), max_size=40),
+)
+def test_arrays_are_always_long_enough(run: int, deltas: list[tuple[int, list[int]]]) -> None:
+    """Every sibling of a repetitive prompt may add an edge to each of its suffixes, and all arrays start tiny."""
+    automaton, reference = SuffixAutomaton(MAX_CONTEXT, capacity=1), ReferenceIndex(MAX_CONTEXT)
+    for index in (automaton, reference):
+        index.open(-1)
+    automaton.append(-1, np.zeros(run, np.int32))
+    reference.append(-1, [0] * run)
+    for request in range(12):
+        automaton.open(request, like=-1)
+        reference.open(request, like=-1)
+    for request, tokens in [(request, [request % 8]) for request in range(12)] + deltas:
+        automaton.append(request, np.array(tokens, np.int32))
+        reference.append(request, tokens)
+        assert automaton.heap[kernels.NUM_STATES] <= len(automaton.states)
+        assert automaton.heap[kernels.NUM_EDGES] <= len(automaton.edges)
+    for token in range(8):
+        state = walk(automaton, (0, token))
+        assert (0 if state is None else automaton.states[state, kernels.COUNT]) == reference.count((0, token))
+
+
+def test_siblings_of_a_long_repetitive_prompt_fit() -> None:
+    automaton = SuffixAutomaton()
+    automaton.open(-1)
+    automaton.append(-1, np.zeros(1000, np.int32))
+    for request in range(40):
+        automaton.open(request, like=-1)
+        automaton.append(request, np.array([request + 1], np.int32))
+        assert automaton.heap[kernels.NUM_EDGES] <= len(automaton.edges)
+    assert automaton.heap[kernels.NUM_EDGES] > 3 * automaton.num_tokens  # the bound of separate texts would not do
+
+
 def test_one_token_repeated_is_no_trap() -> None:
     automaton = SuffixAutomaton()
     automaton.open(0)

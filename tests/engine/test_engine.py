@@ -35,11 +35,8 @@ def test_batched_paged_decoding_gives_the_tokens_and_logprobs_of_cacheless_decod
     for chunk in chunks:
         engine.submit(chunk)
     results = tiny.drain(engine)
-    for i, chunk in enumerate(chunks):
-        tokens, logprobs = tiny.reference_decode(chunk)
-        assert results[i].token_ids.tolist() == tokens
-        np.testing.assert_allclose(results[i].logprobs, logprobs, atol=1e-4)
-        assert results[i].finish_reason == "length"
+    tiny.check_against_reference(chunks, results)
+    assert {event.finish_reason for event in results.values()} == {"length"}
 
 
 @pytest.mark.parametrize(
@@ -57,13 +54,11 @@ def test_sampling_parameters_are_honoured(sampling: SamplingParams) -> None:
     for chunk in chunks:
         engine.submit(chunk)
     results = tiny.drain(engine)
-    for i, chunk in enumerate(chunks):
-        tokens, logprobs = tiny.reference_decode(chunk)
-        assert results[i].token_ids.tolist() == tokens
-        np.testing.assert_allclose(results[i].logprobs, logprobs, atol=1e-4)
-        stopped = tokens[-1] in sampling.stop_token_ids
-        assert results[i].finish_reason == ("stop" if stopped else "length")
-        assert not any(token in sampling.stop_token_ids for token in tokens[:-1])
+    tiny.check_against_reference(chunks, results)
+    for event in results.values():
+        stopped = event.token_ids[-1] in sampling.stop_token_ids
+        assert event.finish_reason == ("stop" if stopped else "length")
+        assert not any(token in sampling.stop_token_ids for token in event.token_ids[:-1])
 
 
 def test_chunk_continues_on_another_instance_without_prefill() -> None:
@@ -235,10 +230,7 @@ def test_siblings_copy_the_prompt_of_the_first_and_return_the_tokens_of_cacheles
     for chunk in chunks:
         engine.submit(chunk)
     results = tiny.drain(engine)
-    for i, chunk in enumerate(chunks):
-        tokens, logprobs = tiny.reference_decode(chunk)
-        assert results[i].token_ids.tolist() == tokens
-        np.testing.assert_allclose(results[i].logprobs, logprobs, atol=1e-4)
+    tiny.check_against_reference(chunks, results)
     status = engine.status()
     # The first is a step ahead and ends a step before the others, so the fifth finds somebody to copy from.
     assert status.num_prefilled_tokens == 27 and status.num_shared_tokens == 5 * 26

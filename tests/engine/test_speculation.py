@@ -10,7 +10,7 @@ from seer_jax.config.schema import SpeculationConfig
 from seer_jax.core.draft.client import DraftClient, count_accepted
 from seer_jax.core.draft.speculate import SpeculationArgs
 from seer_jax.core.sequence import Sequence
-from seer_jax.core.types import RequestChunk, SamplingParams
+from seer_jax.core.types import RequestChunk, RequestId, SamplingParams
 from seer_jax.engine.engine import Engine
 from tests.engine import tiny
 from tests.engine.test_engine import count_compilations
@@ -51,10 +51,7 @@ def test_tokens_and_logprobs_are_those_of_cacheless_decoding(mode: str, sampling
     for chunk in chunks:
         engine.submit(chunk)
     results = tiny.drain(engine)
-    for i, chunk in enumerate(chunks):
-        tokens, logprobs = tiny.reference_decode(chunk)
-        assert results[i].token_ids.tolist() == tokens
-        np.testing.assert_allclose(results[i].logprobs, logprobs, atol=1e-4)
+    tiny.check_against_reference(chunks, results)
     status = engine.status()
     assert 0 < status.num_accepted_tokens <= status.num_drafted_tokens
     assert status.num_generated_tokens == sum(len(event.token_ids) for event in results.values())
@@ -156,6 +153,33 @@ def test_emitted_are_the_drawn_up_to_the_first_surprise_or_stop(
     drawn: list[int], draft: list[int], stops: tuple[int, ...], count: int
 ) -> None:
     assert count_accepted(np.array(drawn), np.array(draft), stops) == count
+
+
+def test_drafts_of_a_group_that_grows_during_the_call_are_those_of_one_that_had() -> None:
+    """Nine siblings outgrow the first cursors, 4,000 tokens the first arrays, all in one call."""
+    rng = np.random.default_rng(0)
+    client = DraftClient(SpeculationArgs(max_spec_tokens=4), grouped=True)
+    text = rng.integers(0, 50, 450).astype(np.int32)
+    sequences = [Sequence(tiny.chunk(tiny.prompt(0, 4), index=i, max_chunk=500, max_tokens=500), i) for i in range(12)]
+    for i, sequence in enumerate(sequences):
+        sequence.extend(text[: 450 - i], np.zeros(450 - i, np.float32))
+    drafts = client.draft(sequences, np.full(12, 4, np.int32))
+    # Sibling i is i tokens behind the first.
+    for i, draft in enumerate(drafts):
+        assert draft[:i].tolist() == text[450 - i : 450][:4].tolist()
+    again = client.draft(sequences, np.full(12, 4, np.int32))
+    assert [draft.tolist() for draft in again] == [draft.tolist() for draft in drafts]
+
+
+def test_forgotten_group_is_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seer_jax.core.draft.client.MAX_AUTOMATA", 1)
+    client = DraftClient(SpeculationArgs(max_spec_tokens=3), grouped=True)
+    first, second = (Sequence(tiny.chunk(tiny.prompt(0, 4), request_id=RequestId(g, 0)), g) for g in range(2))
+    for sequence in (first, second):
+        sequence.extend(np.array([10, 11, 12, 10], np.int32), np.zeros(4, np.float32))
+    for sequence in (first, second, first):
+        (draft,) = client.draft([sequence], np.array([2], np.int32))
+        assert draft.tolist() == [11, 12] and len(client._automata) == 1
 
 
 def test_grouped_drafts_from_siblings_and_suffix_does_not() -> None:

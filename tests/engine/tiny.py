@@ -1,6 +1,7 @@
 """A small random model, and requests for it."""
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -138,3 +139,12 @@ def reference_decode(request: RequestChunk, seed: int = 0) -> tuple[list[int], l
         if tokens[position] in sampling.stop_token_ids:
             break
     return tokens[start : start + len(logprobs)].tolist(), logprobs
+
+
+def check_against_reference(chunks: Sequence[RequestChunk], results: Mapping[int, ChunkFinished]) -> None:
+    """Every result has the tokens of cacheless decoding, and its log-probabilities up to rounding."""
+    for chunk in chunks:
+        tokens, logprobs = reference_decode(chunk)
+        result = results[chunk.request_id.index]
+        assert result.token_ids.tolist() == tokens
+        np.testing.assert_allclose(result.logprobs, logprobs, atol=1e-4)

@@ -39,11 +39,16 @@ class SuffixAutomaton:
             raise ConfigError("speculation.max_context", f"is {max_context}", "at least 1")
         self.max_context = max_context
         self.num_tokens = 0
-        self._capacity = 0
+        self._num_inherited = 0
         self._cursors: dict[int, int] = {}
         self.heap = np.zeros(kernels.HEAP_FIELDS, np.int64)
         self.cursors = np.zeros((8, kernels.CURSOR_FIELDS), np.int32)
-        self._resize(max(1, capacity))
+        self.states = np.empty((0, kernels.STATE_FIELDS), np.int32)
+        self.edges = np.empty((0, kernels.EDGE_FIELDS), np.int32)
+        self._reserve(max(1, capacity))
+        self.states[0] = kernels.ROOT
+        self.heap[kernels.NUM_STATES] = 1
+        self.buckets = np.full(1 << max(1, capacity).bit_length(), -1, np.int32)
 
     @property
     def num_bytes(self) -> int:
@@ -70,6 +75,9 @@ class SuffixAutomaton:
             self.cursors = np.concatenate([self.cursors, np.zeros_like(self.cursors)])
         self.cursors[cursor] = 0 if like is None else self.cursors[self._cursors[like]]
         self._cursors[request] = cursor
+        # What comes after a shared beginning may add an edge to every suffix of it, once per request.
+        self._num_inherited += int(self.states[self.cursors[cursor, kernels.WHOLE], kernels.LENGTH])
+        self._reserve(self.num_tokens)
 
     def cursor_of(self, request: int) -> int:
         """Row of an open request in `cursors`."""
@@ -82,8 +90,7 @@ class SuffixAutomaton:
             request: Its index.
             token_ids: int32 [count].
         """
-        if self.num_tokens + len(token_ids) > self._capacity:
-            self._resize(max(2 * self._capacity, self.num_tokens + len(token_ids)))
+        self._reserve(self.num_tokens + len(token_ids))
         self.num_tokens += len(token_ids)
         cursor = self.cursors[self._cursors[request]]
         for first in range(0, len(token_ids), TOKENS_BETWEEN_CHECKS):
@@ -93,15 +100,17 @@ class SuffixAutomaton:
             tokens = token_ids[first : first + TOKENS_BETWEEN_CHECKS]
             kernels.append(self.states, self.edges, self.buckets, self.heap, cursor, tokens, self.max_context)
 
-    def _resize(self, capacity: int) -> None:
-        """Make room for so many tokens: at most 2 states and 3 edges each."""
-        states = np.empty((2 * capacity + 1, kernels.STATE_FIELDS), np.int32)
-        edges = np.empty((3 * capacity, kernels.EDGE_FIELDS), np.int32)
-        if self._capacity:
-            num_states, num_edges = self.heap[kernels.NUM_STATES], self.heap[kernels.NUM_EDGES]
-            states[:num_states], edges[:num_edges] = self.states[:num_states], self.edges[:num_edges]
-        else:
-            states[0] = kernels.ROOT
-            self.heap[kernels.NUM_STATES] = 1
-            self.buckets = np.full(1 << capacity.bit_length(), -1, np.int32)
-        self.states, self.edges, self._capacity = states, edges, capacity
+    def _reserve(self, num_tokens: int) -> None:
+        """Make room for so many tokens in all: at most 2 states a token, 3 edges a token and 1 an inherited one."""
+        num_states, num_edges = self.heap.tolist()
+        self.states = _grow(self.states, 2 * num_tokens + 1, num_states)
+        self.edges = _grow(self.edges, 3 * num_tokens + 1 + self._num_inherited, num_edges)
+
+
+def _grow(array: np.ndarray, num_rows: int, num_used: int) -> np.ndarray:
+    """The array if it is long enough, else one at least twice as long with the used rows."""
+    if num_rows <= len(array):
+        return array
+    longer = np.empty((max(num_rows, 2 * len(array)), array.shape[1]), array.dtype)
+    longer[:num_used] = array[:num_used]
+    return longer

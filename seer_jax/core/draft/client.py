@@ -5,12 +5,14 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 
 from seer_jax.core.draft.automaton import SuffixAutomaton
-from seer_jax.core.draft.speculate import DraftBatch, SpeculationArgs, address_of, batch_speculate
+from seer_jax.core.draft.speculate import DraftBatch, SpeculationArgs, address_of, batch_speculate, speculate
 from seer_jax.core.sequence import Sequence
 from seer_jax.core.types import RequestId
 
 PROMPT = -1
 """Name of the prompt among the requests of an automaton."""
+MAX_AUTOMATA = 512
+"""Automata kept; then the oldest is forgotten, and built again from its requests' tokens if one of them still runs."""
 
 
 class DraftClient:
@@ -36,7 +38,12 @@ class DraftClient:
         Returns:
             int32 draft tokens of each.
         """
-        places = np.array([self._catch_up(sequence) for sequence in sequences], np.int64)
+        for sequence in sequences:
+            self._catch_up(sequence)
+        # Only now: catching up may move the arrays of a group that was already seen.
+        places = np.array(
+            [address_of(self._automata[self._key(s)], s.chunk.request_id.index) for s in sequences], np.int64
+        )
         out = DraftBatch.empty(len(sequences), max(1, int(budgets.max())))
         batch_speculate(places, budgets, self._args, out)
         return [out.token_ids[i, : out.num_nodes[i]] for i in range(len(sequences))]
@@ -50,12 +57,25 @@ class DraftClient:
         self._automata.clear()
         self._known.clear()
 
-    def _catch_up(self, sequence: Sequence) -> tuple[int, ...]:
-        """Append what a sequence has said since the last call; returns the place of its structure."""
+    def warmup(self) -> None:
+        """Load or compile the loops."""
+        automaton = SuffixAutomaton(self._args.pattern_lookup_max)
+        automaton.open(PROMPT)
+        automaton.append(PROMPT, np.zeros(2, np.int32))
+        speculate(automaton, [PROMPT], 1, self._args)
+
+    def _key(self, sequence: Sequence) -> tuple[int, ...]:
+        request_id = sequence.chunk.request_id
+        return request_id[:1] if self._grouped else request_id
+
+    def _catch_up(self, sequence: Sequence) -> None:
+        """Append what a sequence has said since the last call."""
         request_id, num_prompt = sequence.chunk.request_id, sequence.chunk.num_prompt_tokens
-        key = request_id[:1] if self._grouped else request_id
+        key = self._key(sequence)
         automaton = self._automata.get(key)
         if automaton is None:
+            if len(self._automata) == MAX_AUTOMATA:
+                self._forget_oldest()
             automaton = self._automata[key] = SuffixAutomaton(self._args.pattern_lookup_max)
             automaton.open(PROMPT)
             automaton.append(PROMPT, sequence.token_ids[:num_prompt])
@@ -66,7 +86,11 @@ class DraftClient:
         if known < sequence.num_tokens:
             automaton.append(request_id.index, sequence.token_ids[known : sequence.num_tokens])
             self._known[request_id] = sequence.num_tokens
-        return address_of(automaton, request_id.index)
+
+    def _forget_oldest(self) -> None:
+        oldest = next(iter(self._automata))
+        del self._automata[oldest]
+        self._known = {known: count for known, count in self._known.items() if known[: len(oldest)] != oldest}
 
 
 def count_accepted(drawn: np.ndarray, draft: np.ndarray, stop_token_ids: SequenceOf[int]) -> int:
