@@ -93,10 +93,7 @@ class BatchPlanner:
         self.max_prefill_tokens, self.prefill_tile = max_prefill_tokens, prefill_tile
         self.max_steps_per_dispatch = max_steps_per_dispatch
         self._arrivals = 0
-        self.num_preemptions = self.num_generated_tokens = 0
-        self.num_prefilled_tokens = self.num_reprefilled_tokens = 0
-        self.num_shared_tokens = self.num_imported_tokens = 0
-        self.max_used_pages = 0
+        self.start_iteration()
 
     def add(self, chunk: RequestChunk) -> None:
         """Queue a chunk."""
@@ -183,20 +180,16 @@ class BatchPlanner:
 
     def release(self, sequence: Sequence) -> None:
         """Free the pages of a finished sequence."""
-        if sequence.finish_reason is None:
-            raise ProtocolError(f"{sequence.chunk.request_id} still runs")
-        self.running.remove(sequence)
+        self._retire(sequence)
         self._free(sequence)
 
     def park(self, sequence: Sequence) -> None:
         """Release a sequence whose request goes on later; its KV stays while nobody needs the pages."""
-        if sequence.finish_reason is None:
-            raise ProtocolError(f"{sequence.chunk.request_id} still runs")
+        self._retire(sequence)
         used = self.pool.pages_for(sequence.num_computed)
-        kept = sequence.pages[:used]
-        del sequence.pages[:used]
-        self.release(sequence)
+        kept, sequence.pages = sequence.pages[:used], sequence.pages[used:]
         self.parked[sequence.chunk.request_id] = ParkedKV(pages=kept, num_tokens=sequence.num_computed)
+        self._free(sequence)
 
     def unpark(self, request_id: RequestId) -> ParkedKV | None:
         """Give up a request's parked KV; the pages are free, their content is intact until something is written."""
@@ -283,6 +276,11 @@ class BatchPlanner:
         sequence.num_computed = 0
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
         self.num_preemptions += 1
+
+    def _retire(self, sequence: Sequence) -> None:
+        if sequence.finish_reason is None:
+            raise ProtocolError(f"{sequence.chunk.request_id} still runs")
+        self.running.remove(sequence)
 
     def _free(self, sequence: Sequence) -> None:
         self.pool.free(sequence.pages)

@@ -123,7 +123,7 @@ def test_new_weights_forget_what_the_old_ones_said() -> None:
     engine = make_engine()
     run(engine, siblings(2))
     engine.start_iteration(1, tiny.params(1))
-    assert not engine._drafter._automata
+    assert not engine._drafter._texts
     chunks = siblings(2, policy_version=1)
     results = run(engine, chunks)
     for i, chunk in enumerate(chunks):
@@ -172,14 +172,16 @@ def test_drafts_of_a_group_that_grows_during_the_call_are_those_of_one_that_had(
 
 
 def test_forgotten_group_is_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("seer_jax.core.draft.client.MAX_AUTOMATA", 1)
+    monkeypatch.setattr("seer_jax.core.draft.client.MAX_AUTOMATA", 0)
     client = DraftClient(SpeculationArgs(max_spec_tokens=3), grouped=True)
     first, second = (Sequence(tiny.chunk(tiny.prompt(0, 4), request_id=RequestId(g, 0)), g) for g in range(2))
     for sequence in (first, second):
         sequence.extend(np.array([10, 11, 12, 10], np.int32), np.zeros(4, np.float32))
     for sequence in (first, second, first):
         (draft,) = client.draft([sequence], np.array([2], np.int32))
-        assert draft.tolist() == [11, 12] and len(client._automata) == 1
+        assert draft.tolist() == [11, 12] and len(client._texts) == 1
+    drafts = client.draft([first, second], np.array([2, 2], np.int32))  # more at once than are kept
+    assert [draft.tolist() for draft in drafts] == [[11, 12], [11, 12]]
 
 
 def test_grouped_drafts_from_siblings_and_suffix_does_not() -> None:

@@ -1,18 +1,27 @@
 """The drafter of one instance: an automaton per group, kept up with the requests that run here."""
 
+from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from seer_jax.core.draft.automaton import SuffixAutomaton
 from seer_jax.core.draft.speculate import DraftBatch, SpeculationArgs, address_of, batch_speculate, speculate
 from seer_jax.core.sequence import Sequence
-from seer_jax.core.types import RequestId
 
 PROMPT = -1
 """Name of the prompt among the requests of an automaton."""
 MAX_AUTOMATA = 512
-"""Automata kept; then the oldest is forgotten, and built again from its requests' tokens if one of them still runs."""
+"""Automata kept beside those in use; one that was forgotten is built again from its requests' tokens when needed."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """What is known of a group, or of a request on its own; `num_known` counts each request's tokens in it."""
+
+    automaton: SuffixAutomaton
+    num_known: dict[int, int] = field(default_factory=dict)
 
 
 class DraftClient:
@@ -25,8 +34,8 @@ class DraftClient:
 
     def __init__(self, args: SpeculationArgs, *, grouped: bool) -> None:
         self._args, self._grouped = args, grouped
-        self._automata: dict[tuple[int, ...], SuffixAutomaton] = {}
-        self._known: dict[RequestId, int] = {}
+        # The one used longest ago comes first.
+        self._texts: OrderedDict[tuple[int, ...], _Text] = OrderedDict()
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: np.ndarray) -> list[np.ndarray]:
         """Draft for sequences that are ready to decode.
@@ -38,24 +47,37 @@ class DraftClient:
         Returns:
             int32 draft tokens of each.
         """
-        for sequence in sequences:
-            self._catch_up(sequence)
-        # Only now: catching up may move the arrays of a group that was already seen.
-        places = np.array(
-            [address_of(self._automata[self._key(s)], s.chunk.request_id.index) for s in sequences], np.int64
-        )
+        texts = [self.observe(sequence) for sequence in sequences]
+        while len(self._texts) > MAX_AUTOMATA + len(sequences):
+            self._texts.popitem(last=False)
+        # Only now: taking in one request's tokens may move the arrays that its siblings' addresses point at.
+        places = [address_of(t.automaton, s.chunk.request_id.index) for t, s in zip(texts, sequences, strict=True)]
         out = DraftBatch.empty(len(sequences), max(1, int(budgets.max())))
-        batch_speculate(places, budgets, self._args, out)
+        batch_speculate(np.array(places, np.int64), budgets, self._args, out)
         return [out.token_ids[i, : out.num_nodes[i]] for i in range(len(sequences))]
 
-    def observe(self, sequence: Sequence) -> None:
-        """Take in what a sequence has said; for one that ends, so that its siblings know its end."""
-        self._catch_up(sequence)
+    def observe(self, sequence: Sequence) -> _Text:
+        """Take in what a sequence has said since the last call, so that its siblings know it too."""
+        request_id, num_prompt = sequence.chunk.request_id, sequence.chunk.num_prompt_tokens
+        key = request_id[:1] if self._grouped else request_id
+        text = self._texts.get(key)
+        if text is None:
+            text = self._texts[key] = _Text(SuffixAutomaton(self._args.pattern_lookup_max))
+            text.automaton.open(PROMPT)
+            text.automaton.append(PROMPT, sequence.token_ids[:num_prompt])
+        self._texts.move_to_end(key)
+        if request_id.index not in text.num_known:
+            text.automaton.open(request_id.index, like=PROMPT)
+            text.num_known[request_id.index] = num_prompt
+        known = text.num_known[request_id.index]
+        if known < sequence.num_tokens:
+            text.automaton.append(request_id.index, sequence.token_ids[known : sequence.num_tokens])
+            text.num_known[request_id.index] = sequence.num_tokens
+        return text
 
     def clear(self) -> None:
         """Forget all groups: new weights say something else."""
-        self._automata.clear()
-        self._known.clear()
+        self._texts.clear()
 
     def warmup(self) -> None:
         """Load or compile the loops."""
@@ -63,34 +85,6 @@ class DraftClient:
         automaton.open(PROMPT)
         automaton.append(PROMPT, np.zeros(2, np.int32))
         speculate(automaton, [PROMPT], 1, self._args)
-
-    def _key(self, sequence: Sequence) -> tuple[int, ...]:
-        request_id = sequence.chunk.request_id
-        return request_id[:1] if self._grouped else request_id
-
-    def _catch_up(self, sequence: Sequence) -> None:
-        """Append what a sequence has said since the last call."""
-        request_id, num_prompt = sequence.chunk.request_id, sequence.chunk.num_prompt_tokens
-        key = self._key(sequence)
-        automaton = self._automata.get(key)
-        if automaton is None:
-            if len(self._automata) == MAX_AUTOMATA:
-                self._forget_oldest()
-            automaton = self._automata[key] = SuffixAutomaton(self._args.pattern_lookup_max)
-            automaton.open(PROMPT)
-            automaton.append(PROMPT, sequence.token_ids[:num_prompt])
-        if request_id not in self._known:
-            automaton.open(request_id.index, like=PROMPT)
-            self._known[request_id] = num_prompt
-        known = self._known[request_id]
-        if known < sequence.num_tokens:
-            automaton.append(request_id.index, sequence.token_ids[known : sequence.num_tokens])
-            self._known[request_id] = sequence.num_tokens
-
-    def _forget_oldest(self) -> None:
-        oldest = next(iter(self._automata))
-        del self._automata[oldest]
-        self._known = {known: count for known, count in self._known.items() if known[: len(oldest)] != oldest}
 
 
 def count_accepted(drawn: np.ndarray, draft: np.ndarray, stop_token_ids: SequenceOf[int]) -> int:
