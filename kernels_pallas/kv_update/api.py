@@ -1,12 +1,13 @@
-"""Signature of the cache write."""
+"""Signatures of the cache writes."""
 
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas._dispatch import select
-from kernels_pallas.kv_update.reference import kv_update_reference
-from kernels_pallas.kv_update.xla import kv_update_xla
+from kernels_pallas.kv_update.reference import kv_move_reference, kv_update_reference
+from kernels_pallas.kv_update.xla import kv_move_xla, kv_update_xla
 
 IMPLEMENTATIONS = {"xla": kv_update_xla, "reference": kv_update_reference}
+MOVE_IMPLEMENTATIONS = {"xla": kv_move_xla, "reference": kv_move_reference}
 
 
 def kv_update(
@@ -29,3 +30,26 @@ def kv_update(
         The cache with the rows written.
     """
     return select("kv_update", IMPLEMENTATIONS, implementation)(cache, rows, slots)
+
+
+def kv_move(
+    cache: Float[Array, "pages S W"],
+    sources: Int[Array, " T"],
+    targets: Int[Array, " T"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "pages S W"]:
+    """Copy rows within the cache, all read before any is written; in place when `cache` is donated.
+
+    Brings the KV of the accepted path of a draft tree together.
+
+    Args:
+        cache: Pages of rows.
+        sources: page * S + offset of the rows to copy.
+        targets: Where they go. Padding goes to page 0, which no request owns; only there may targets repeat.
+        implementation: Name of an implementation; None chooses.
+
+    Returns:
+        The cache with the rows copied.
+    """
+    return select("kv_move", MOVE_IMPLEMENTATIONS, implementation)(cache, sources, targets)

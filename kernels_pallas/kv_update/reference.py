@@ -1,4 +1,4 @@
-"""Cache write, one row after the other."""
+"""Cache writes, one row after the other."""
 
 import jax
 
@@ -11,3 +11,8 @@ def kv_update_reference(cache, rows, slots):
 
     flat = cache.reshape(-1, cache.shape[-1])
     return jax.lax.fori_loop(0, rows.shape[0], write, flat).reshape(cache.shape)
+
+
+def kv_move_reference(cache, sources, targets):
+    """See `kv_move`."""
+    return kv_update_reference(cache, cache.reshape(-1, cache.shape[-1])[sources], targets)

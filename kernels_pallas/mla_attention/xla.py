@@ -16,7 +16,7 @@ MIN_ITEMS = 2
 """Least work items per trip round the loop."""
 
 
-def mla_attention_xla(q, cache, block_tables, first_position, num_queries, *, value_width, scale):
+def mla_attention_xla(q, cache, block_tables, limits, tree_start, tree_mask, *, value_width, scale):
     """See `mla_attention`."""
     num_tiles, rows_per_tile, heads, width = q.shape
     page_size = cache.shape[1]
@@ -27,14 +27,17 @@ def mla_attention_xla(q, cache, block_tables, first_position, num_queries, *, va
     padding = blocks_per_tile * pages_per_block - pages_per_tile
     tables = jnp.pad(block_tables, ((0, 0), (0, padding))).reshape(num_tiles, blocks_per_tile, pages_per_block)
 
-    offsets = jnp.arange(rows_per_tile)
-    in_use = offsets < num_queries[:, None]
-    # Rows not in use see position 0, so that their softmax is finite; their result is zeroed below.
-    positions = jnp.repeat(jnp.where(in_use, first_position[:, None] + offsets, 0), heads, axis=1)
+    in_use = limits > 0
+    # Rows not in use see slot 0, so that their softmax is finite; their result is zeroed below.
+    visible = jnp.repeat(jnp.maximum(limits, 1), heads, axis=1)
     queries = q.reshape(num_tiles, rows_per_tile * heads, width)
 
-    last_position = first_position + num_queries - 1
-    num_blocks = jnp.where(num_queries > 0, last_position // block_tokens + 1, 0)
+    last = jnp.max(limits, axis=1)
+    if tree_mask is not None:
+        highest = 32 - jax.lax.clz(tree_mask).astype(jnp.int32)
+        last = jnp.maximum(last, jnp.max(jnp.where(tree_mask > 0, tree_start[:, None] + highest, 0), axis=1))
+        masks = jnp.repeat(tree_mask, heads, axis=1)
+    num_blocks = -(-last // block_tokens)
     ends = jnp.cumsum(num_blocks)
     num_items = min(num_tiles * blocks_per_tile, max(num_tiles, MIN_ITEMS))
 
@@ -43,10 +46,15 @@ def mla_attention_xla(q, cache, block_tables, first_position, num_queries, *, va
         tile = jnp.minimum(jnp.sum(item[:, None] >= ends, axis=1), num_tiles - 1)
         block = jnp.clip(item - (ends - num_blocks)[tile], 0, blocks_per_tile - 1)
         context = cache[tables[tile, block]].reshape(num_items, block_tokens, width)
-        seen = block[:, None] * block_tokens + jnp.arange(block_tokens)
+        slot = block[:, None] * block_tokens + jnp.arange(block_tokens)
+        is_seen = slot[:, None] < visible[tile][:, :, None]
+        if tree_mask is not None:
+            node = slot - tree_start[tile][:, None]
+            bits = masks[tile][:, :, None] >> jnp.clip(node, 0, 31).astype(jnp.uint32)[:, None]
+            is_seen |= ((node >= 0) & (node < 32))[:, None] & (bits & 1 == 1)
         scores = jnp.einsum("iqw,ikw->iqk", queries[tile], context, preferred_element_type=jnp.float32)
-        scores = jnp.where(seen[:, None] <= positions[tile][:, :, None], scores * scale, -jnp.inf)
-        # A row of a prefill tile may see nothing of the tile's last block.
+        scores = jnp.where(is_seen, scores * scale, -jnp.inf)
+        # A row may see nothing of the tile's last block.
         peak = jnp.maximum(jnp.max(scores, axis=-1), jnp.finfo(jnp.float32).min)
         weights = jnp.exp(scores - peak[:, :, None])
         # Whole rows are summed and cut afterwards: cutting the context first would copy it.

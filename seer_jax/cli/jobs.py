@@ -2,9 +2,10 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.errors import ConfigError
 from seer_jax.core.eventlog import encode_event
 from seer_jax.core.events import Event
+from seer_jax.core.latency import MeasuredStepTimes
 from seer_jax.core.scheduling import make_policy
-from seer_jax.core.types import Sample
+from seer_jax.core.types import RolloutGroup, Sample
 from seer_jax.engine.cluster import Cluster
-from seer_jax.engine.factory import build_local_cluster, enable_compilation_cache
-from seer_jax.engine.rollout import RolloutRunner
+from seer_jax.engine.factory import build_engine, build_local_cluster, enable_compilation_cache, needs_truncation
+from seer_jax.engine.rollout import RolloutResult, RolloutRunner
+from seer_jax.engine.step_times import measure_step_times
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import Params, decoder_specs
 from seer_jax.obs.metrics import MetricsWriter, truncate_metrics
@@ -42,6 +45,8 @@ from seer_jax.weights.checkpoint import load_checkpoint, load_config, save_check
 EVENTS_FILE = "events.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 MODEL_DIRECTORY = "model"
+PROFILE_REPEATS = 50
+"""Runs of every program of which `seer-jax profile` takes the fastest."""
 
 TABLE_FIELDS = (
     "iteration", "reward_mean", "groups_with_signal", "num_reward_failures", "length_mean", "length_max",
@@ -98,7 +103,7 @@ def train(config: RunConfig, options: TrainOptions) -> dict[str, Any]:
 
 
 def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
-    """Roll out the task's first prompts once per policy, on the same instances.
+    """Roll out the task's first prompts once per variant; those in a row with the same speculation share instances.
 
     Each rollout leaves its samples and its event log in a directory of its own under `options.run_dir`.
 
@@ -114,34 +119,66 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
     groups = make_groups(prompts, config.rollout.group_size, sampling, iteration=0)
     create_run_dir(options.run_dir, config, resume=False)
     runs: list[dict[str, Any]] = []
-    with ExitStack() as stack:
-        display = stack.enter_context(ProgressDisplay(enabled=not options.json))
-        cluster = stack.enter_context(_open_cluster(config, model_config, params))
-        # A few short groups per instance, untimed: the first messages and copies of a fresh cluster are slow.
-        short = replace(sampling, max_tokens=min(sampling.max_tokens, 2 * config.rollout.chunk_size))
-        warmup = [replace(group, sampling=short) for group in groups[: 4 * config.rollout.instances]]
-        RolloutRunner(cluster, RolloutDriver(make_policy("seer", config.rollout))).run(warmup)
-        for index, policy in enumerate(options.policies):
-            directory = options.run_dir / f"{index}-{policy}"
-            directory.mkdir()
-            events: list[Event] = []
-
-            def on_event(elapsed_s: float, event: Event, commands: list[Command], events: list[Event] = events) -> None:
-                events.append(event)
-                display.on_event(elapsed_s, event, commands)
-
-            driver = RolloutDriver(make_policy(policy, config.rollout))
-            result = RolloutRunner(cluster, driver, on_event=on_event).run(groups)
-            with MetricsWriter(directory / EVENTS_FILE) as log:
-                for event in events:
-                    log.write(encode_event(event))
-            _write_samples(directory / SAMPLES_FILE, result.samples)
-            lengths = describe_lengths(result.samples, config.sampling.max_tokens)
-            runs.append({"policy": policy, **asdict(result.stats), **lengths})
-    with MetricsWriter(options.run_dir / METRICS_FILE) as metrics:
-        for run in runs:
-            metrics.write({"kind": "rollout", **run})
+    with MetricsWriter(options.run_dir / METRICS_FILE) as metrics, ProgressDisplay(enabled=not options.json) as display:
+        for mode, variants in groupby(enumerate(options.variants), key=lambda variant: variant[1][1]):
+            speculation = replace(config.speculation, mode=mode)
+            with _open_cluster(replace(config, speculation=speculation), model_config, params) as cluster:
+                _warm_up(cluster, config, groups)
+                for index, (policy, _) in variants:
+                    directory = options.run_dir / f"{index}-{policy}"
+                    directory.mkdir()
+                    result = _roll_out_once(cluster, config, policy, groups, directory, display)
+                    lengths = describe_lengths(result.samples, config.sampling.max_tokens)
+                    runs.append({"policy": policy, "speculation": mode, **asdict(result.stats), **lengths})
+                    metrics.write({"kind": "rollout", **runs[-1]})
     return runs
+
+
+def profile(config: RunConfig) -> MeasuredStepTimes:
+    """Time the step programs of one instance in this process.
+
+    Args:
+        config: The run; its `speculation.mode` is not "off".
+
+    Raises:
+        SeerError: Bad input, or an engine that cannot be built.
+    """
+    _, model_config, params = _load(config)
+    unmeasured = replace(config, speculation=replace(config.speculation, budget="fixed"))
+    engine = build_engine(unmeasured, model_config, params, instance_id=0)
+    return measure_step_times(engine.programs(truncates=needs_truncation(config)), repeats=PROFILE_REPEATS)
+
+
+def _warm_up(cluster: Cluster, config: RunConfig, groups: Sequence[RolloutGroup]) -> None:
+    """Roll out a few short groups per instance, untimed: the first messages and copies of a fresh cluster are slow."""
+    sampling = groups[0].sampling
+    short = replace(sampling, max_tokens=min(sampling.max_tokens, 2 * config.rollout.chunk_size))
+    warmup = [replace(group, sampling=short) for group in groups[: 4 * config.rollout.instances]]
+    RolloutRunner(cluster, RolloutDriver(make_policy("seer", config.rollout))).run(warmup)
+
+
+def _roll_out_once(
+    cluster: Cluster,
+    config: RunConfig,
+    policy: str,
+    groups: Sequence[RolloutGroup],
+    directory: Path,
+    display: ProgressDisplay,
+) -> RolloutResult:
+    """One timed rollout, its event log and its samples."""
+    events: list[Event] = []
+
+    def on_event(elapsed_s: float, event: Event, commands: Sequence[Command]) -> None:
+        events.append(event)
+        display.on_event(elapsed_s, event, commands)
+
+    driver = RolloutDriver(make_policy(policy, config.rollout))
+    result = RolloutRunner(cluster, driver, on_event=on_event).run(groups)
+    with MetricsWriter(directory / EVENTS_FILE) as log:
+        for event in events:
+            log.write(encode_event(event))
+    _write_samples(directory / SAMPLES_FILE, result.samples)
+    return result
 
 
 def _write_samples(file: Path, samples: list[Sample]) -> None:

@@ -12,6 +12,7 @@ VERBS = {
     "train": "improve a model by GRPO with Seer's rollout",
     "rollout": "sample responses once and measure the scheduling",
     "bench": "measure the drafter on recorded responses: acceptance, latency, size",
+    "profile": "time the steps of a configuration on this machine, for draft budgets",
     "config": "list the presets, show one with all its settings",
     "doctor": "say what this machine and this installation can do",
 }

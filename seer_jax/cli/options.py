@@ -25,10 +25,11 @@ class RolloutOptions:
 
     Attributes:
         run_dir: Where the run writes; not yet created.
-        policies: Scheduling policies to run, one after the other, on the same prompts; values of `rollout.policy`.
+        variants: What to run one after the other on the same prompts: values of `rollout.policy` and of
+            `speculation.mode`.
         json: Whether stdout belongs to machines: no display, no tables.
     """
 
     run_dir: Path
-    policies: tuple[str, ...]
+    variants: tuple[tuple[str, str], ...]
     json: bool = False

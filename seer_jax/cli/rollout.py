@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 from seer_jax.cli.arguments import Settings, Switch, parse_job
 from seer_jax.cli.dry_run import print_dry_run
 from seer_jax.cli.options import RolloutOptions
-from seer_jax.config.schema import RolloutConfig, RunConfig
+from seer_jax.config.schema import RolloutConfig, RunConfig, SpeculationConfig
 from seer_jax.config.suggest import did_you_mean
 from seer_jax.config.validate import validate
 from seer_jax.core.errors import ConfigError
@@ -27,7 +27,8 @@ class RolloutArguments:
     config: str = "tiny_math"
     """A preset (`seer-jax config list`) or the path of a YAML file; options override it."""
     compare: str | None = None
-    """Policies to run one after the other on the same prompts, such as `seer,group_round_robin`."""
+    """Policies to run one after the other on the same prompts, such as `seer,group_round_robin`; each may name its
+    speculation, such as `seer:off,seer:grouped`."""
     json: Switch = False
     """The last line of stdout is one JSON object; nothing else for humans is written there."""
     dry_run: Switch = False
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         SeerError: Bad input, or a run that failed.
     """
     arguments = parse_job(RolloutArguments, argv, prog="seer-jax rollout")
-    policies = _list_policies(arguments)
+    variants = _list_variants(arguments)
     validate(arguments.run, training=False)
     if arguments.dry_run:
         print_dry_run(arguments.run, json=arguments.json)
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
     from seer_jax.cli import jobs
 
-    runs = jobs.rollout(arguments.run, RolloutOptions(run_dir=run_dir, policies=policies, json=arguments.json))
+    runs = jobs.rollout(arguments.run, RolloutOptions(run_dir=run_dir, variants=variants, json=arguments.json))
     if arguments.json:
         print(to_json_line({"runs": runs} if arguments.compare is not None else runs[0]))
     else:
@@ -65,12 +66,21 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _list_policies(arguments: RolloutArguments) -> tuple[str, ...]:
+def _list_variants(arguments: RolloutArguments) -> tuple[tuple[str, str], ...]:
+    """The policy and the speculation mode of every rollout."""
+    run = arguments.run
     if arguments.compare is None:
-        return (arguments.run.rollout.policy,)
-    known = get_args(get_type_hints(RolloutConfig)["policy"])
-    policies = tuple(part.strip() for part in arguments.compare.split(","))
-    for policy in policies:
-        if policy not in known:
-            raise ConfigError("compare", f"no policy {policy!r}", did_you_mean(policy, known))
-    return policies
+        return ((run.rollout.policy, run.speculation.mode),)
+    policies, modes = (
+        get_args(get_type_hints(RolloutConfig)["policy"]),
+        get_args(get_type_hints(SpeculationConfig)["mode"]),
+    )
+    variants = []
+    for part in arguments.compare.split(","):
+        policy, colon, mode = (word.strip() for word in part.partition(":"))
+        if policy not in policies:
+            raise ConfigError("compare", f"no policy {policy!r}", did_you_mean(policy, policies))
+        if colon and mode not in modes:
+            raise ConfigError("compare", f"no speculation {mode!r}", did_you_mean(mode, modes))
+        variants.append((policy, mode or run.speculation.mode))
+    return tuple(variants)

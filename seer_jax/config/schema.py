@@ -96,15 +96,35 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculationConfig:
-    """Speculative decoding; changes no token, up to rounding (`engine.deterministic`: not a bit)."""
+    """Speculative decoding; changes no token, up to rounding (`engine.deterministic`: lines not a bit)."""
 
-    mode: Literal["off", "suffix", "grouped"] = "off"
-    """`off` (in quotes in YAML). `suffix`: a request drafts from itself. `grouped`: from all that its group has said on
-    the instance."""
+    mode: Literal["off", "suffix", "grouped", "grouped_tree"] = "off"
+    """`off` (in quotes in YAML). `suffix`: a request drafts from itself. `grouped`: from all that its group has said.
+    `grouped_tree`: the same, and drafts may branch."""
     max_draft_tokens: int = 8
-    """Longest draft, 64 at most; a step's logits grow with it."""
-    min_probability: float = 0.3
+    """Draft tokens of a request in one step at most, 32 at most."""
+    min_probability: float = 0.1
     """A draft ends before it gets less likely than this."""
+    budget: Literal["expected_gain", "mba", "mba_paper", "fixed"] = "expected_gain"
+    """How many draft tokens a step verifies. `expected_gain`: those, of all requests, that give the most tokens per
+    second. `mba`: one length for probes and one for all others, by expected gain; `mba_paper`: by the formula of
+    Seer's Algorithm 1. `fixed`: all that were drafted."""
+    priority_factor: float = 2.0
+    """Seer's lambda, at least 1: what probes weigh against the others."""
+    max_verify_tokens: int | None = None
+    """Tokens that a step verifies at most, the newest one of each request included; null = 4 x engine.max_num_seqs."""
+    verify_tile: int | None = None
+    """Tokens of one request that attend together in verification; null = 1 on a CPU, 4 elsewhere."""
+    profile: str | None = None
+    """File with the step times that budgets are weighed with (`seer-jax profile`); null = measured at start."""
+    group_ttl_s: float = 120.0
+    """What an instance knows of a group is forgotten when it has not run there for so long."""
+    sync_interval_s: float = 0.1
+    """How often instances tell the draft server what their requests said, and ask what others did."""
+    draft_servers: int = 1
+    """Draft servers that share the groups (`--runtime ray`); 0 = instances draft from what they ran themselves."""
+    memory_tokens: int = 0
+    """Tokens of earlier iterations' responses that are kept to draft from when their prompt comes again; 0 = none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,11 @@ AT_LEAST = {
     "engine.max_steps_per_dispatch": 1,
     "speculation.max_draft_tokens": 1,
     "speculation.min_probability": 0,
+    "speculation.priority_factor": 1,
+    "speculation.max_verify_tokens": 1,
+    "speculation.verify_tile": 1,
+    "speculation.draft_servers": 0,
+    "speculation.memory_tokens": 0,
     "sharding.data": 1,
     "sharding.expert": 1,
     "sharding.tensor": 1,
@@ -45,6 +50,8 @@ AT_LEAST = {
 
 ABOVE_ZERO = (
     "sampling.top_p",
+    "speculation.group_ttl_s",
+    "speculation.sync_interval_s",
     "train.learning_rate",
     "train.adam_eps",
     "train.max_grad_norm",
@@ -54,8 +61,8 @@ ABOVE_ZERO = (
 )
 """Settings that zero makes meaningless."""
 
-MAX_DRAFT_TOKENS = 64
-"""A verification draws a token after every draft token: slots x this x vocabulary logits."""
+MAX_DRAFT_TOKENS = 32
+"""Bits of a node's mask of ancestors (`kernels_pallas.mla_attention`)."""
 RESERVED_PAGES = 1
 """Page 0 takes the writes of padding rows and is never handed out."""
 
@@ -82,7 +89,7 @@ def _check_ranges(config: RunConfig) -> None:
     for path, value in iterate_settings(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(path, f"is {value}", "give a finite number")
-        if path in AT_LEAST and value < AT_LEAST[path]:
+        if path in AT_LEAST and value is not None and value < AT_LEAST[path]:
             raise ConfigError(path, f"is {value}", f"give at least {AT_LEAST[path]}")
         if path in ABOVE_ZERO and value <= 0:
             raise ConfigError(path, f"is {value}", "give a number above 0")

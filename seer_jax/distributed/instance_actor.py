@@ -66,6 +66,7 @@ class InstanceActor:
             os.environ["JAX_PLATFORMS"] = "cpu"
             num_devices = f"--xla_force_host_platform_device_count={num_mesh_devices(config.sharding)}"
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {num_devices}"
+        from seer_jax.distributed.draft_sync import DraftSync
         from seer_jax.engine.factory import build_engine
 
         self._engine = build_engine(config, model_config, params, instance_id=instance_id)
@@ -76,11 +77,22 @@ class InstanceActor:
         self._many_queued = max(1, config.rollout.prefetch_chunks // 2)
         self._transfers = ThreadPoolExecutor(2, "transfers")
         self._thread = ThreadPoolExecutor(1, "engine").submit(self._serve)
+        self._draft_sync: DraftSync | None = None
+        if self._engine.speculator is not None:
+            self._draft_sync = DraftSync(
+                self._engine.speculator.client,
+                config.speculation.sync_interval_s,
+                self._run_between_steps,
+                lambda: self._engine.has_work,
+            )
+            threading.Thread(target=self._draft_sync.serve, name="drafts", daemon=True).start()
         return self._engine.info
 
-    def meet(self, peers: Mapping[int, Any]) -> None:
-        """Learn the actors of all instances, from which paused requests may come."""
+    def meet(self, peers: Mapping[int, Any], draft_servers: Sequence[Any]) -> None:
+        """Learn the actors of all instances, from which paused requests may come, and of the draft servers."""
         self._peers = peers
+        if self._draft_sync is not None:
+            self._draft_sync.connect(draft_servers)
 
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
         """See `Engine.start_iteration`; returns when done."""

@@ -14,6 +14,7 @@ from seer_jax.config.schema import RunConfig, num_mesh_devices
 from seer_jax.core.errors import ConfigError, InstanceLostError, SeerError
 from seer_jax.core.events import Event, InstanceLost
 from seer_jax.core.types import InstanceInfo, RequestChunk
+from seer_jax.distributed.draft_sync import DraftServers
 from seer_jax.distributed.instance_actor import MAX_CONCURRENCY, InstanceActor
 
 JAX_PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
@@ -41,6 +42,7 @@ class RayCluster:
         self._owns_ray = not ray.is_initialized()
         self._actors: dict[int, Any] = {}
         self._polls: dict[Any, int] = {}
+        self._draft_servers: DraftServers | None = None
         with ExitStack() as on_failure:
             on_failure.callback(self.close)
             if self._owns_ray:
@@ -58,11 +60,16 @@ class RayCluster:
                     for i, actor in self._actors.items()
                 ]
             )
-            ray.get([actor.meet.remote(self._actors) for actor in self._actors.values()])
+            if config.speculation.mode in ("grouped", "grouped_tree"):
+                speculation = config.speculation
+                self._draft_servers = DraftServers(speculation.draft_servers, speculation.memory_tokens)
+            ray.get(self._introduce())
             on_failure.pop_all()
 
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
         """See `Cluster`. Weights go to the object store once, every node fetches them once."""
+        if self._draft_servers is not None and self._draft_servers.start_epoch(policy_version):
+            self._introduce()
         weights = None if params is None else ray.put(params)
         started = {i: actor.start_iteration.remote(policy_version, weights) for i, actor in self._actors.items()}
         for instance_id, ref in started.items():
@@ -106,8 +113,15 @@ class RayCluster:
             ray.kill(actor)
         self._actors.clear()
         self._polls.clear()
+        if self._draft_servers is not None:
+            self._draft_servers.close()
         if self._owns_ray:
             ray.shutdown()
+
+    def _introduce(self) -> list[Any]:
+        """Tell the instances of each other and of the draft servers."""
+        servers = [] if self._draft_servers is None else self._draft_servers.actors
+        return [actor.meet.remote(self._actors, servers) for actor in self._actors.values()]
 
     def _poll(self, instance_id: int, chunks: Sequence[RequestChunk]) -> None:
         self._polls[self._actors[instance_id].poll.remote(chunks)] = instance_id

@@ -1,12 +1,15 @@
 """A set of instances as the rollout loop sees it, and the in-process implementation."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
+from seer_jax.config.schema import SpeculationConfig
+from seer_jax.core.draft.server import DraftServer
 from seer_jax.core.events import Event, InstanceReport
 from seer_jax.core.types import InstanceInfo, RequestChunk
-from seer_jax.engine.engine import Engine
+from seer_jax.engine.engine import NO_SPECULATION, Engine
 
 
 @runtime_checkable
@@ -35,12 +38,24 @@ class Cluster(Protocol):
 class LocalCluster:
     """All instances in this process, stepped in turn: for debugging, and for the reference run."""
 
-    def __init__(self, engines: Sequence[Engine]) -> None:
+    def __init__(self, engines: Sequence[Engine], speculation: SpeculationConfig = NO_SPECULATION) -> None:
+        """Take over engines, and let those that draft from their groups share what they said.
+
+        Args:
+            engines: Warmed up.
+            speculation: That of the engines.
+        """
+        self._draft_server: DraftServer | None = None
+        if speculation.mode in ("grouped", "grouped_tree") and speculation.draft_servers:
+            self._draft_server = DraftServer(memory_tokens=speculation.memory_tokens)
+        self._sync_interval_s, self._synced = speculation.sync_interval_s, time.monotonic()
         self._engines = {engine.info.instance_id: engine for engine in engines}
         self.infos = [engine.info for engine in engines]
 
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
         """See `Cluster`."""
+        if self._draft_server is not None:
+            self._draft_server.start_epoch(policy_version)
         for engine in self._engines.values():
             engine.start_iteration(policy_version, params)
 
@@ -62,6 +77,10 @@ class LocalCluster:
             if engine.has_work:
                 events += engine.step()
                 events.append(InstanceReport(status=engine.status()))
+        if self._draft_server is not None and time.monotonic() - self._synced > self._sync_interval_s:
+            self._synced = time.monotonic()
+            for client in (engine.speculator.client for engine in self._engines.values()):
+                client.apply(self._draft_server.exchange(client.epoch, client.updates(), client.held()))
         return events
 
     def close(self) -> None:

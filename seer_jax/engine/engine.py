@@ -12,15 +12,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from seer_jax.config.schema import EngineConfig, SpeculationConfig
 from seer_jax.core.batching import BatchPlanner, ParkedKV, StepPlan
-from seer_jax.core.draft.client import DraftClient, count_accepted
-from seer_jax.core.draft.speculate import SpeculationArgs
+from seer_jax.core.draft.speculator import Proposal, Speculator
 from seer_jax.core.errors import ProtocolError, TransferError
 from seer_jax.core.events import ChunkFinished
-from seer_jax.core.packing import StepBuckets, StepShape, pack, split_drafts, split_entries
+from seer_jax.core.packing import Run, draft_runs, pack, plan_runs, unpack_outputs
 from seer_jax.core.sequence import Sequence
+from seer_jax.core.step_shapes import StepBuckets, StepShape, truncates
 from seer_jax.core.types import InstanceInfo, InstanceStatus, KVHandle, RequestChunk, RequestId
 from seer_jax.engine.kv_transfer import HostKV, KVTransfer
-from seer_jax.engine.step import make_step, unpack_outputs
+from seer_jax.engine.step import make_step
+from seer_jax.engine.step_times import StepPrograms, get_step_times
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import decoder_specs
 from seer_jax.sharding import shardings_for
@@ -28,6 +29,10 @@ from seer_jax.sharding import shardings_for
 Emitted = dict[Sequence, tuple[np.ndarray, np.ndarray]]
 """Token ids and log-probabilities by sequence."""
 NO_SPECULATION = SpeculationConfig()
+EXPIRY_INTERVAL_S = 1.0
+"""How often groups that ran out of time are looked for."""
+CPU_VERIFY_TILE, VERIFY_TILE = 1, 4
+"""Tokens that attend together in verification. On a CPU a token more costs more than reading a context again."""
 
 
 class Engine:
@@ -69,15 +74,16 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
         )
-        self._drafter = None if speculation.mode == "off" else _make_drafter(speculation)
-        self._buckets = StepBuckets(config, speculation.max_draft_tokens if self._drafter else 0)
+        self.speculator = None if speculation.mode == "off" else Speculator(speculation)
+        verify_tile = CPU_VERIFY_TILE if jax.default_backend() == "cpu" else VERIFY_TILE
+        self.buckets = StepBuckets(config, speculation, speculation.verify_tile or verify_tile)
         self._planner = BatchPlanner(
             self.info,
-            max_prefill_tokens=self._buckets.max_prefill_tokens,
-            prefill_tile=self._buckets.tile,
+            max_prefill_tokens=self.buckets.max_prefill_tokens,
+            prefill_tile=self.buckets.tile,
             max_steps_per_dispatch=config.max_steps_per_dispatch,
         )
-        self._transfer = KVTransfer(self._buckets.max_pages)
+        self._transfer = KVTransfer(self.buckets.max_pages)
         self._saved_kv: dict[RequestId, HostKV] = {}
         dtype = params["embed"].dtype
         if mesh is None or mesh.size == 1:
@@ -92,6 +98,7 @@ class Engine:
         self._caches = [
             jnp.zeros(cache_shape, dtype, device=cache_sharding) for _ in range(model_config.num_hidden_layers)
         ]
+        self._next_expiry = 0.0
         self._reset_measurements()
 
     def submit(self, chunk: RequestChunk) -> None:
@@ -136,52 +143,47 @@ class Engine:
         if plan.copies:
             self._caches = self._transfer.copy_pages(self._caches, plan.copies)
         device_time_s = self._device_time_s
-        drafts = self._draft(plan)
-        emitted = self._decode(plan) if drafts is None else self._verify(plan.decodes, drafts)
+        proposal = self._propose(plan)
+        emitted = self._decode(plan) if proposal is None else self._verify(proposal)
         finished = [self._finish(sequence) for sequence in self._planner.commit(plan, emitted)]
         self._num_dispatches += 1
         self._host_time_s += time.perf_counter() - started - (self._device_time_s - device_time_s)
         return finished
 
-    def _decode(self, plan: StepPlan) -> Emitted:
-        """Run a plan without drafts: prefill slices and one step, or several decode steps."""
-        rows, tiles = split_entries(plan, self._buckets.tile)
-        shape = self._buckets.pick(rows, tiles)
-        outputs = self._launch(shape, pack(rows, tiles, shape, plan.num_steps))
-        self._num_steps += int(outputs[0].max(initial=1))
-        entries = [*enumerate(rows), *enumerate(tiles, start=shape.num_rows)]
-        return {entry.sequence: unpack_outputs(outputs, i) for i, entry in entries if entry.sample}
-
-    def _draft(self, plan: StepPlan) -> list[np.ndarray] | None:
+    def _propose(self, plan: StepPlan) -> Proposal | None:
         """Draft for all sequences of a pure decode step; None if it does not pay or there is nothing to draft from."""
-        if self._drafter is None or plan.prefills:
+        if self.speculator is None or plan.prefills:
             return None
         started = time.perf_counter()
-        sequences, page_size = plan.decodes, self.info.page_size
-        most = min(self._buckets.max_draft_tokens, self._buckets.max_verify_tokens // len(sequences) - 1)
-        rooms = [min(s.limit - s.num_tokens - 1, len(s.pages) * page_size - s.num_tokens) for s in sequences]
-        drafts = self._drafter.draft(sequences, np.clip(rooms, 0, most).astype(np.int32))
+        if started > self._next_expiry:
+            self.speculator.client.expire(started)
+            self._next_expiry = started + EXPIRY_INTERVAL_S
+        room = self.buckets.room_for_drafts(len(plan.decodes))
+        proposal = self.speculator.propose(plan.decodes, self.info.page_size, room)
         self._draft_time_s += time.perf_counter() - started
-        return drafts if sum(map(len, drafts)) >= len(drafts) else None
+        return proposal
 
-    def _verify(self, sequences: SequenceOf[Sequence], drafts: SequenceOf[np.ndarray]) -> Emitted:
+    def _decode(self, plan: StepPlan) -> Emitted:
+        """Run a plan without drafts: prefill slices and one step, or several decode steps."""
+        rows, slices = plan_runs(plan)
+        most = None if self.speculator is None else self.speculator.max_plain_steps(len(plan.decodes))
+        num_steps = plan.num_steps if most is None else min(plan.num_steps, most)
+        shape = self.buckets.pick(len(rows), (len(run.token_ids) for run in slices), _any_truncates([*rows, *slices]))
+        if not shape.num_tiles:  # In the deterministic mode prompt tokens are rows too.
+            rows, slices = [*rows, *slices], []
+        return self._launch(rows, slices, shape, num_steps)
+
+    def _verify(self, proposal: Proposal) -> Emitted:
         """Verify drafts in one step; what is emitted is what plain decoding would say."""
-        rows, tiles = split_drafts(sequences, drafts, as_rows=self.config.deterministic)
-        shape = self._buckets.pick_verify(rows, tiles)
+        runs = draft_runs(proposal.sequences, proposal.batch, proposal.num_nodes)
+        shape = self.buckets.pick_verify((len(run.token_ids) for run in runs), _any_truncates(runs))
         device_time_s = self._device_time_s
-        outputs = self._launch(shape, pack(rows, tiles, shape, 1))
+        emitted = self._launch([], runs, shape, 1) if shape.num_tiles else self._launch(runs, [], shape, 1)
         self._verify_time_s += self._device_time_s - device_time_s
-        drawn, logprobs = outputs if shape.verifies else outputs[1:3]
-        emitted, place = {}, 0
-        for sequence, draft in zip(sequences, drafts, strict=True):
-            said = drawn[place : place + len(draft) + 1]
-            count = count_accepted(said, draft, sequence.chunk.sampling.stop_token_ids)
-            emitted[sequence] = said[:count], logprobs[place : place + count].view(np.float32)
-            place += shape.tile if tiles else len(said)
-            self._num_drafted_tokens += len(draft)
-            self._num_accepted_tokens += count - 1
-        self._num_steps += 1
-        self._num_verified += len(drafts)
+        self.speculator.learn(proposal, [token_ids for token_ids, _ in emitted.values()])
+        self._num_drafted_tokens += int(proposal.num_nodes.sum())
+        self._num_accepted_tokens += sum(len(token_ids) for token_ids, _ in emitted.values()) - len(runs)
+        self._num_verified += len(runs)
         return emitted
 
     def status(self) -> InstanceStatus:
@@ -214,8 +216,8 @@ class Engine:
         self.policy_version = policy_version
         self._planner.start_iteration()
         self._saved_kv.clear()
-        if self._drafter is not None:
-            self._drafter.clear()
+        if self.speculator is not None:
+            self.speculator.client.clear(policy_version)
         self._reset_measurements()
 
     def warmup(self, *, num_peers: int = 1, truncates: bool = False) -> int:
@@ -225,23 +227,46 @@ class Engine:
             num_peers: Instances that warm up at the same time, this one included.
             truncates: Whether requests will use top-k or top-p; programs for the other kind compile when first needed.
         """
-        shapes = self._buckets.all_shapes(truncates)
+        shapes = self.buckets.all_shapes(truncates)
         # Instances that share a compilation cache start at different programs and find the others' results.
         first = self.info.instance_id * len(shapes) // max(1, num_peers)
         for shape in shapes[first:] + shapes[:first]:
-            self._launch(shape, pack([], [], shape, 0))
+            self.launch(shape, pack([], [], shape, 0))
         self._caches = self._transfer.warmup(self._caches)
-        if self._drafter is not None:
-            self._drafter.warmup()
+        if self.speculator is not None:
+            self.speculator.client.warmup()
+            if self.speculator.config.budget != "fixed":
+                self.speculator.use_times(
+                    get_step_times(self.programs(truncates=truncates), self.speculator.config.profile)
+                )
+        self._reset_measurements()
         return len(shapes)
 
-    def _launch(self, shape: StepShape, packed: np.ndarray) -> np.ndarray:
+    def programs(self, *, truncates: bool) -> StepPrograms:
+        """The programs for requests that truncate, or do not, to be timed."""
+        return StepPrograms(
+            launch=self.launch,
+            buckets=self.buckets,
+            truncates=truncates,
+            max_model_len=self.info.max_model_len,
+            max_steps=self.config.max_steps_per_dispatch,
+            facts=(self.model_config, self._caches[0].dtype, len(self._caches[0].devices())),
+        )
+
+    def launch(self, shape: StepShape, packed: np.ndarray) -> np.ndarray:
+        """Run a program on packed inputs (`core.packing`); returns its output on the host."""
         step = make_step(self.model_config, shape, max_steps=self.config.max_steps_per_dispatch)
         launched = time.perf_counter()
         self._caches, outputs = step(self.params, self._caches, packed)
         outputs = np.asarray(outputs)
         self._device_time_s += time.perf_counter() - launched
         return outputs
+
+    def _launch(self, rows: SequenceOf[Run], tiles: SequenceOf[Run], shape: StepShape, num_steps: int) -> Emitted:
+        runs = [*rows, *tiles]
+        steps, emitted = unpack_outputs(self.launch(shape, pack(rows, tiles, shape, num_steps)), shape.num_requests)
+        self._num_steps += steps
+        return {run.sequence: said for run, said in zip(runs, emitted, strict=False) if run.samples}
 
     def _reset_measurements(self) -> None:
         self._num_steps = self._num_dispatches = 0
@@ -280,8 +305,8 @@ class Engine:
     def _finish(self, sequence: Sequence) -> ChunkFinished:
         chunk, reason = sequence.chunk, sequence.finish_reason
         handle = None
-        if self._drafter is not None:
-            self._drafter.observe(sequence)
+        if self.speculator is not None:
+            self.speculator.client.observe(sequence)
         if reason == "chunk":
             handle = KVHandle(
                 num_tokens=sequence.num_computed, policy_version=self.policy_version, ref=self.info.instance_id
@@ -301,6 +326,5 @@ class Engine:
         )
 
 
-def _make_drafter(speculation: SpeculationConfig) -> DraftClient:
-    args = SpeculationArgs(max_spec_tokens=speculation.max_draft_tokens, min_probability=speculation.min_probability)
-    return DraftClient(args, grouped=speculation.mode == "grouped")
+def _any_truncates(runs: SequenceOf[Run]) -> bool:
+    return any(truncates(run.sequence.chunk.sampling) for run in runs)

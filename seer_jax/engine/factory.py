@@ -42,8 +42,13 @@ def build_engine(
         instance_id=instance_id,
         mesh=make_mesh(config.sharding, jax.devices()[first_device:]),
     )
-    engine.warmup(num_peers=config.rollout.instances, truncates=config.sampling.top_k > 0 or config.sampling.top_p < 1)
+    engine.warmup(num_peers=config.rollout.instances, truncates=needs_truncation(config))
     return engine
+
+
+def needs_truncation(config: RunConfig) -> bool:
+    """Whether the run's requests use top-k or top-p."""
+    return config.sampling.top_k > 0 or config.sampling.top_p < 1
 
 
 def build_local_cluster(config: RunConfig, model_config: DecoderConfig, params: Mapping[str, Any]) -> LocalCluster:
@@ -53,7 +58,7 @@ def build_local_cluster(config: RunConfig, model_config: DecoderConfig, params: 
     for i in range(config.rollout.instances):
         first = i * size if (i + 1) * size <= num_devices else 0
         engines.append(build_engine(config, model_config, params, instance_id=i, first_device=first))
-    return LocalCluster(engines)
+    return LocalCluster(engines, config.speculation)
 
 
 def enable_compilation_cache(directory: str | None) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seer_jax.core.errors import TransferError
-from seer_jax.core.packing import geometric_buckets, pick_bucket
+from seer_jax.core.step_shapes import geometric_buckets, pick_bucket
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

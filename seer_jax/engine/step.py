@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 from kernels_pallas.kv_update import kv_update
 from kernels_pallas.mla_attention import mla_attention
 from seer_jax.core import packing
-from seer_jax.core.packing import StepShape
+from seer_jax.core.step_shapes import StepShape
 from seer_jax.engine.sampler import sample
+from seer_jax.engine.verify import Emitted, Tokens, locate, move_accepted, walk
 from seer_jax.models import decoder, mla
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import Params
@@ -30,146 +30,144 @@ CPU_COMPILER_OPTIONS = {"xla_backend_optimization_level": 1, "xla_llvm_disable_e
 """A quarter less compile time and no slower: matmuls are library calls, what LLVM compiles is small."""
 
 
-class Entries(NamedTuple):
-    """The packed entries as device arrays; E entries, P pages per block table."""
+class Requests(NamedTuple):
+    """The requests of a step as device arrays; R requests, P pages per block table."""
 
-    first_position: Int32[Array, "E"]
-    count: Int32[Array, "E"]
-    sample: Int32[Array, "E"]
-    remaining: Int32[Array, "E"]
-    keys: UInt32[Array, "E 2"]
-    top_k: Int32[Array, "E"]
-    temperature: Float32[Array, "E"]
-    top_p: Float32[Array, "E"]
-    stop_ids: Int32[Array, "E stops"]
-    block_tables: Int32[Array, "E P"]
+    remaining: Int32[Array, "R"]
+    keys: UInt32[Array, "R 2"]
+    top_k: Int32[Array, "R"]
+    temperature: Float32[Array, "R"]
+    top_p: Float32[Array, "R"]
+    stop_ids: Int32[Array, "R stops"]
+    block_tables: Int32[Array, "R P"]
 
 
 class LoopState(NamedTuple):
-    """What the decode steps of one dispatch carry."""
+    """What the steps of one dispatch carry; K tokens at most are emitted by a request."""
 
     step: Int32[Array, ""]
     caches: Caches
-    tokens: Int32[Array, "_"]
-    position: Int32[Array, "E"]
-    num_emitted: Int32[Array, "E"]
-    is_active: Bool[Array, "E"]
+    tokens: Tokens
+    first_position: Int32[Array, "R"]
+    last_tokens: Int32[Array, "R"]
+    num_emitted: Int32[Array, "R"]
+    is_active: Bool[Array, "R"]
     has_finished: Bool[Array, ""]
-    outputs: Int32[Array, "steps 2 E"]
+    emitted_ids: Int32[Array, "R K"]
+    emitted_logprobs: Float32[Array, "R K"]
 
 
 @cache
 def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int) -> StepFn:
     """Build the jitted program of one bucket; engines of one process share it.
 
-    A program without prefill tiles runs up to `packed[0] <= max_steps` decode steps in a `while_loop` and leaves it as
-    soon as a request finishes, so that its slot is refilled at once. A program with tiles runs one mixed step.
+    A program without tiles runs up to `packed[0] <= max_steps` steps in a `while_loop` and leaves it as soon as a
+    request finishes, so that its slot is refilled at once; after the first step every request has one token. A program
+    with tiles runs one step.
 
     Args:
         config: Shapes of the model.
         shape: The bucket.
-        max_steps: Bound of the decode steps in one dispatch.
+        max_steps: Bound of the steps in one dispatch.
 
     Returns:
         `step(params, caches, packed) -> (caches, outputs)`. Caches are donated. `outputs` is int32
-        [1 + 2 * steps, num_entries]: how many tokens each entry emitted, then token ids and bits of log-probabilities
-        of step 0, of step 1, ... A program that verifies returns int32 [2, num_tokens]: the tokens drawn after every
-        token, and the bits of their log-probabilities.
+        [1 + num_requests * (1 + 2 K)]: steps run; then of every request how many tokens it emitted, the tokens and the
+        bits of their log-probabilities (`core.packing.unpack_outputs`).
     """
-
     run_model = partial(_run_model, config=config, shape=shape)
-    options = CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None
-
-    def verify(params: Params, caches: Caches, packed: Array) -> tuple[Caches, Array]:
-        entries, token_ids = _unpack(packed, shape)
-        arrays = entries.first_position, entries.count, entries.block_tables
-        hidden, caches = run_model(params, caches, token_ids, *arrays)
-        of_token = jax.tree.map(lambda column: jnp.repeat(column, shape.tile, axis=0), entries)
-        drawn, logprobs = sample(
-            decoder.project_logits(params, config, hidden),
-            of_token.keys,
-            of_token.first_position + jnp.tile(jnp.arange(shape.tile), shape.num_tiles) + 1,
-            of_token.temperature,
-            of_token.top_k,
-            of_token.top_p,
-            truncates=shape.truncates,
-        )
-        return caches, jnp.stack([drawn, jax.lax.bitcast_convert_type(logprobs, jnp.int32)])
-
-    if shape.verifies:
-        return jax.jit(verify, donate_argnums=1, compiler_options=options)
+    num_requests, depth = shape.num_requests, shape.max_depth
+    loops = not shape.num_tiles
 
     def step(params: Params, caches: Caches, packed: Array) -> tuple[Caches, Array]:
-        entries, token_ids = _unpack(packed, shape)
+        requests, first_position, tokens, last_tokens = _unpack(packed, shape)
 
-        def advance(state: LoopState) -> LoopState:
-            count = jnp.where(state.is_active, entries.count, 0)
-            hidden, caches = run_model(params, state.caches, state.tokens, state.position, count, entries.block_tables)
-            logits = decoder.project_logits(params, config, hidden[_last_tokens(count, shape)])
-            position = state.position + count
+        def draw(state: LoopState, hidden: Array) -> Emitted:
+            """Draw after every query token, or after the last one of every request."""
+            if depth:
+                owner, at = state.tokens.request, jnp.arange(shape.num_tokens)
+            else:
+                owner, at = jnp.arange(num_requests), jnp.maximum(state.last_tokens, 0)
+            positions = state.first_position[owner] + state.tokens.depth[at] + 1
             drawn, logprobs = sample(
-                logits,
-                entries.keys,
-                position,
-                entries.temperature,
-                entries.top_k,
-                entries.top_p,
+                decoder.project_logits(params, config, hidden[at]),
+                requests.keys[owner],
+                positions,
+                requests.temperature[owner],
+                requests.top_k[owner],
+                requests.top_p[owner],
                 truncates=shape.truncates,
             )
-            # Prefill rows of the deterministic mode compute KV in the first step only; they must not sample.
-            samples = state.is_active & (entries.sample > 0)
-            num_emitted = state.num_emitted + samples
-            is_stop = (drawn[:, None] == entries.stop_ids).any(axis=1)
-            ends = samples & (is_stop | (num_emitted >= entries.remaining))
-            line = jnp.stack([drawn, jax.lax.bitcast_convert_type(logprobs, jnp.int32)])
+            if depth:
+                return walk(drawn, logprobs, state.tokens, requests.stop_ids, requests.remaining, depth)
+            count = (state.last_tokens >= 0).astype(jnp.int32)
+            return Emitted(count, drawn[:, None], logprobs[:, None], at[:, None])
+
+        def advance(state: LoopState) -> LoopState:
+            hidden, caches = run_model(params, state.caches, state.tokens, state.first_position, requests.block_tables)
+            emitted = draw(state, hidden)
+            if shape.has_trees:
+                caches = move_accepted(caches, emitted, state.tokens, state.first_position, requests.block_tables)
+            count, row = emitted.count, jnp.arange(num_requests)
+            column = jnp.arange(emitted.token_ids.shape[1])
+            place = jnp.where(column < count[:, None], state.num_emitted[:, None] + column, state.emitted_ids.shape[1])
+            emitted_ids = state.emitted_ids.at[row[:, None], place].set(emitted.token_ids, mode="drop")
+            emitted_logprobs = state.emitted_logprobs.at[row[:, None], place].set(emitted.logprobs, mode="drop")
+            newest_column = jnp.maximum(count - 1, 0)
+            newest = emitted.token_ids[row, newest_column]
+            num_emitted = state.num_emitted + count
+            is_stop = (newest[:, None] == requests.stop_ids).any(axis=1)
+            ends = (count > 0) & (is_stop | (num_emitted >= requests.remaining))
+            is_active = (count > 0) & ~ends
+            newest_depth = state.tokens.depth[emitted.index[row, newest_column]]
             return LoopState(
                 step=state.step + 1,
                 caches=caches,
-                tokens=drawn,
-                position=position,
+                tokens=_next_tokens(newest, is_active, shape) if loops else state.tokens,
+                first_position=state.first_position + newest_depth + 1,
+                last_tokens=jnp.where(is_active, row, -1),
                 num_emitted=num_emitted,
-                is_active=samples & ~ends,
+                is_active=is_active,
                 has_finished=ends.any(),
-                outputs=jax.lax.dynamic_update_index_in_dim(state.outputs, line, state.step, axis=0),
+                emitted_ids=emitted_ids,
+                emitted_logprobs=emitted_logprobs,
             )
 
+        num_columns = (max_steps if loops else 1) + depth
         state = LoopState(
             step=jnp.int32(0),
             caches=caches,
-            tokens=token_ids,
-            position=entries.first_position,
-            num_emitted=jnp.zeros(shape.num_entries, jnp.int32),
-            is_active=entries.count > 0,
+            tokens=tokens,
+            first_position=first_position,
+            last_tokens=last_tokens,
+            num_emitted=jnp.zeros(num_requests, jnp.int32),
+            is_active=jnp.ones(num_requests, bool),
             has_finished=jnp.bool_(False),
-            outputs=jnp.zeros((1 if shape.num_tiles else max_steps, 2, shape.num_entries), jnp.int32),
+            emitted_ids=jnp.zeros((num_requests, num_columns), jnp.int32),
+            emitted_logprobs=jnp.zeros((num_requests, num_columns)),
         )
-        if shape.num_tiles:
-            state = advance(state)
-        else:
+        if loops:
             state = jax.lax.while_loop(
                 lambda s: (s.step < packed[0]) & s.is_active.any() & ~s.has_finished, advance, state
             )
-        return state.caches, jnp.concatenate([state.num_emitted[None], state.outputs.reshape(-1, shape.num_entries)])
+        else:
+            state = advance(state)
+        logprob_bits = jax.lax.bitcast_convert_type(state.emitted_logprobs, jnp.int32)
+        table = jnp.concatenate([state.num_emitted[:, None], state.emitted_ids, logprob_bits], axis=1)
+        return state.caches, jnp.concatenate([state.step[None], table.reshape(-1)])
 
+    options = CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None
     return jax.jit(step, donate_argnums=1, compiler_options=options)
 
 
-def unpack_outputs(outputs: np.ndarray, entry: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and log-probabilities that an entry emitted, from the program's output on the host."""
-    count = outputs[0, entry]
-    return outputs[1 : 1 + 2 * count : 2, entry], outputs[2 : 2 + 2 * count : 2, entry].view(np.float32)
-
-
-def _unpack(packed: Int32[Array, "_"], shape: StepShape) -> tuple[Entries, Int32[Array, "T"]]:
-    """Undo `core.packing.pack` on device."""
-    table_end = shape.packed_size - shape.num_tokens
-    table = packed[1:table_end].reshape(shape.num_entries, packing.NUM_FIELDS + shape.num_pages)
+def _unpack(
+    packed: Int32[Array, "_"], shape: StepShape
+) -> tuple[Requests, Int32[Array, "R"], Tokens, Int32[Array, "R"]]:
+    """Undo `core.packing.pack` on device; also the first positions and the last tokens."""
+    table, tokens, last_tokens = packing.views(packed, shape)
     floats = jax.lax.bitcast_convert_type(table, jnp.float32)
     words = jax.lax.bitcast_convert_type(table, jnp.uint32)
-    entries = Entries(
-        first_position=table[:, packing.FIRST_POSITION],
-        count=table[:, packing.COUNT],
-        sample=table[:, packing.SAMPLE],
+    requests = Requests(
         remaining=table[:, packing.REMAINING],
         keys=words[:, packing.KEY_LOW : packing.KEY_HIGH + 1],
         top_k=table[:, packing.TOP_K],
@@ -178,29 +176,43 @@ def _unpack(packed: Int32[Array, "_"], shape: StepShape) -> tuple[Entries, Int32
         stop_ids=table[:, packing.STOP_IDS : packing.NUM_FIELDS],
         block_tables=table[:, packing.NUM_FIELDS :],
     )
-    return entries, packed[table_end:]
+    columns = [tokens[:, i] for i in range(packing.TOKEN_FIELDS)]
+    columns[packing.MASK] = jax.lax.bitcast_convert_type(columns[packing.MASK], jnp.uint32)
+    return requests, table[:, packing.FIRST_POSITION], Tokens(*columns), last_tokens
+
+
+def _next_tokens(newest: Int32[Array, "R"], is_active: Bool[Array, "R"], shape: StepShape) -> Tokens:
+    """Query tokens of a plain decode step: request r's newest token in row r."""
+    padding = shape.num_tokens - shape.num_requests
+    limit, zeros = jnp.pad(is_active.astype(jnp.int32), (0, padding)), jnp.zeros(shape.num_tokens, jnp.int32)
+    return Tokens(
+        token_ids=jnp.pad(newest, (0, padding)),
+        request=jnp.minimum(jnp.arange(shape.num_tokens), shape.num_requests - 1),
+        offset=zeros,
+        depth=zeros,
+        limit=limit,
+        mask=zeros.astype(jnp.uint32),
+        parent=zeros - 1,
+        column=limit - 1,
+    )
 
 
 def _run_model(
     params: Params,
     caches: Caches,
-    token_ids: Int32[Array, "T"],
-    first_position: Int32[Array, "E"],
-    count: Int32[Array, "E"],
-    block_tables: Int32[Array, "E P"],
+    tokens: Tokens,
+    first_position: Int32[Array, "R"],
+    block_tables: Int32[Array, "R P"],
     *,
     config: DecoderConfig,
     shape: StepShape,
 ) -> tuple[Float[Array, "T M"], Caches]:
-    """One forward over the packed tokens; returns their hidden states, and the caches."""
+    """One forward over the query tokens; returns their hidden states, and the caches."""
     num_rows, tile = shape.num_rows, shape.tile
-    offset = jnp.arange(tile)
-    positions = jnp.concatenate([first_position[:num_rows], (first_position[num_rows:, None] + offset).reshape(-1)])
-    is_real = jnp.concatenate([count[:num_rows] > 0, (offset < count[num_rows:, None]).reshape(-1)])
-    token_tables = jnp.concatenate([block_tables[:num_rows], jnp.repeat(block_tables[num_rows:], tile, axis=0)])
-    page_size = caches[0].shape[1]
-    page = jnp.take_along_axis(token_tables, positions[:, None] // page_size, axis=1, mode="clip")[:, 0]
-    slots = jnp.where(is_real, page * page_size + positions % page_size, 0)
+    start = first_position[tokens.request]
+    is_real = tokens.limit > 0
+    slots = jnp.where(is_real, locate(block_tables, tokens.request, start + tokens.offset, caches[0].shape[1]), 0)
+    limits = jnp.where(is_real, start + tokens.limit, 0)
     new_caches = list(caches)
 
     def attend(layer: int, queries: mla.MLAQueries, latent: Array, attention_params: Params) -> Array:
@@ -208,30 +220,22 @@ def _run_model(
         new_caches[layer] = cache
         absorbed = mla.absorb_queries(attention_params, queries)
         outputs = []
-        for part, width, span in (
-            (absorbed[:num_rows], 1, slice(0, num_rows)),
-            (absorbed[num_rows:], tile, slice(num_rows, shape.num_entries)),
-        ):
-            if len(part):
-                tiles = part.reshape(-1, width, *part.shape[1:])
-                output = mla_attention(
-                    tiles,
-                    cache,
-                    block_tables[span],
-                    first_position[span],
-                    count[span],
-                    value_width=config.kv_lora_rank,
-                    scale=config.softmax_scale,
-                )
-                outputs.append(output.reshape(-1, *output.shape[2:]))
+        for width, span in ((1, slice(0, num_rows)), (tile, slice(num_rows, shape.num_tokens))):
+            if span.stop == span.start:
+                continue
+            owner = tokens.request[span][::width]
+            trees = (first_position[owner] + 1, tokens.mask[span].reshape(-1, width)) if shape.has_trees else ()
+            output = mla_attention(
+                absorbed[span].reshape(-1, width, *absorbed.shape[1:]),
+                cache,
+                block_tables[owner],
+                limits[span].reshape(-1, width),
+                *trees,
+                value_width=config.kv_lora_rank,
+                scale=config.softmax_scale,
+            )
+            outputs.append(output.reshape(-1, *output.shape[2:]))
         return mla.unabsorb_values(attention_params, jnp.concatenate(outputs))
 
-    hidden = decoder.forward(params, config, token_ids, positions, attend)
+    hidden = decoder.forward(params, config, tokens.token_ids, start + tokens.depth, attend)
     return hidden, new_caches
-
-
-def _last_tokens(count: Int32[Array, "E"], shape: StepShape) -> Int32[Array, "E"]:
-    """Index of every entry's last token among the packed ones."""
-    entry, num_rows = jnp.arange(shape.num_entries), shape.num_rows
-    in_tiles = num_rows + (entry - num_rows) * shape.tile + jnp.maximum(count - 1, 0)
-    return jnp.where(entry < num_rows, entry, in_tiles)

@@ -40,6 +40,22 @@ def print_rollouts(runs: Sequence[Mapping[str, Any]], *, console: Console | None
     (console or Console()).print(table)
 
 
+def print_columns(rows: Sequence[Mapping[str, Any]], *, console: Console | None = None) -> None:
+    """Print records below each other, a column for each name; what a record lacks stays empty.
+
+    Args:
+        rows: Records.
+        console: Where to; None is stdout.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right", header_style="dim")
+    for row in rows:
+        table.add_row(*(format_value(row.get(name, "")) for name in names))
+    (console or Console()).print(table)
+
+
 def format_value(value: Any) -> str:
     """Write a number in few digits: thousands grouped, four significant figures below 1000."""
     if isinstance(value, bool) or not isinstance(value, int | float):

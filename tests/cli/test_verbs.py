@@ -27,7 +27,7 @@ class FakeJobs(SimpleNamespace):
 
     def rollout(self, config, options):
         self.config, self.options = config, options
-        return [{"policy": policy, "tokens_per_s": 1234.5} for policy in options.policies]
+        return [{"policy": policy, "tokens_per_s": 1234.5} for policy, _ in options.variants]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.kv_update import kv_update
+from kernels_pallas.kv_update import kv_move, kv_update
 
 PAGES, SIZE, WIDTH = 5, 4, 3
 
@@ -24,6 +24,16 @@ def test_rows_land_in_their_slots_and_nowhere_else(implementation):
     np.testing.assert_array_equal(got[1:], expected[1:])
     np.testing.assert_array_equal(got[0, 1:], expected[0, 1:])
     assert any(np.array_equal(got[0, 0], row) for row in rows[3:])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_moved_rows_are_read_before_any_is_written(implementation):
+    cache = np.arange(PAGES * SIZE * WIDTH, dtype=np.float32).reshape(PAGES, SIZE, WIDTH)
+    sources, targets = np.array([9, 11, 14, 0], np.int32), np.array([8, 9, 10, 0], np.int32)
+    expected = cache.reshape(-1, WIDTH).copy()
+    expected[targets] = expected[sources]
+    got = kv_move(jnp.asarray(cache), jnp.asarray(sources), jnp.asarray(targets), implementation=implementation)
+    np.testing.assert_array_equal(got, expected.reshape(cache.shape))
 
 
 def test_rows_are_cast_to_the_cache():

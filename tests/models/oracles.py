@@ -55,8 +55,7 @@ def paged_logits(
             mla.absorb_queries(attn, queries).reshape(tiles, width, config.num_attention_heads, -1),
             caches[layer],
             block_tables,
-            first_position,
-            jnp.full(tiles, width, jnp.int32),
+            positions + 1,
             value_width=config.kv_lora_rank,
             scale=config.softmax_scale,
         )

@@ -31,6 +31,9 @@ CURSOR_FIELDS = 3
 UNSEEN = 0.5
 """Occurrences that a context's unseen continuations are taken to have: one occurrence alone is no certainty. On real
 groups this gives 3.29 instead of 3.21 accepted tokens at 17 drafted nodes; 0.5, 1 and 2 differ by less than 0.01."""
+NUM_BINS = 16
+"""Bins by which verification corrects what the counts say: contexts of 1, 2, ... tokens, and all longer ones. On real
+groups a continuation seen once is right in 0.38 of all cases after one token and 0.86 after 15; the counts say 0.67."""
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -235,6 +238,12 @@ def _pointer(typing_context, address):
 
 
 @compiled
+def bin_of(length):
+    """Bin of what follows a context of at least one token."""
+    return min(length, NUM_BINS) - 1
+
+
+@compiled
 def draft(
     states,
     edges,
@@ -246,11 +255,17 @@ def draft(
     top_k,
     min_probability,
     max_depth_per_match,
+    calibration,
     token_ids,
     parents,
     scores,
+    conditionals,
+    bins,
 ):
-    """Draft for one request into rows of length >= budget; returns the number of nodes and the matched length."""
+    """Draft for one request into rows of length >= budget; returns the number of nodes and the matched length.
+
+    No node scores above its parent, whatever the `calibration`: the first n nodes are the n best.
+    """
     # The longest match of a request's own end is that end itself, which nothing follows.
     state, length = follow(states, cursor[SUFFIX], cursor[SUFFIX_LENGTH], max_context - 1)
     match_length = length
@@ -260,34 +275,35 @@ def draft(
 
     # Candidates: nodes whose parent is in the tree. The best is taken, its children join.
     most = (budget + 1) * top_k
-    candidates = np.empty((most, 5), np.int32)  # parent, depth, token, state, length of its context
-    candidate_scores = np.empty(most, np.float64)
+    candidates = np.empty((most, 6), np.int32)  # parent, depth, token, state, length of its context, bin
+    chances, counted = np.empty(most, np.float64), np.empty(most, np.float32)  # score, conditional
     counts, ranked = np.empty(top_k, np.int64), np.empty((top_k, 2), np.int32)
     num_candidates, num_nodes, node, depth, probability = 0, 0, -1, 0, 1.0
     while True:
         if depth < max_depth and length >= min_context:
             num_ranked, total = rank_edges(states, edges, state, top_k, counts, ranked)
             for k in range(num_ranked):
-                score = probability * counts[k] / (total + UNSEEN)
+                score = min(probability * counts[k] / (total + UNSEEN) * calibration[bin_of(length)], probability)
                 if score >= min_probability:
                     candidates[num_candidates, 0], candidates[num_candidates, 1] = node, depth + 1
                     candidates[num_candidates, 2], candidates[num_candidates, 3] = ranked[k, 0], ranked[k, 1]
-                    candidates[num_candidates, 4] = length + 1
-                    candidate_scores[num_candidates] = score
+                    candidates[num_candidates, 4], candidates[num_candidates, 5] = length + 1, bin_of(length)
+                    chances[num_candidates], counted[num_candidates] = score, counts[k] / (total + UNSEEN)
                     num_candidates += 1
         if num_candidates == 0 or num_nodes == budget:
             return num_nodes, match_length
         best = 0
         for k in range(1, num_candidates):
-            if candidate_scores[k] > candidate_scores[best]:
+            if chances[k] > chances[best]:
                 best = k
-        node, probability = num_nodes, candidate_scores[best]
+        node, probability = num_nodes, chances[best]
         parents[node], depth, token_ids[node] = candidates[best, 0], candidates[best, 1], candidates[best, 2]
-        scores[node] = probability
+        scores[node], conditionals[node], bins[node] = probability, counted[best], candidates[best, 5]
         state, length = follow(states, candidates[best, 3], candidates[best, 4], max_context - 1)
         num_nodes += 1
         num_candidates -= 1
-        candidates[best], candidate_scores[best] = candidates[num_candidates], candidate_scores[num_candidates]
+        candidates[best], chances[best] = candidates[num_candidates], chances[num_candidates]
+        counted[best] = counted[num_candidates]
 
 
 @compiled
@@ -300,9 +316,12 @@ def draft_batch(
     top_k,
     min_probability,
     max_depth_per_match,
+    calibration,
     token_ids,
     parents,
     scores,
+    conditionals,
+    bins,
     num_nodes,
     match_length,
 ):
@@ -322,7 +341,10 @@ def draft_batch(
             top_k,
             min_probability,
             max_depth_per_match,
+            calibration,
             token_ids[r],
             parents[r],
             scores[r],
+            conditionals[r],
+            bins[r],
         )

@@ -12,7 +12,7 @@ import numpy as np
 
 from seer_jax.core.draft.automaton import SuffixAutomaton
 from seer_jax.core.draft.kernels import SUFFIX, SUFFIX_LENGTH, append, draft, follow, rank_edges
-from seer_jax.core.draft.speculate import SpeculationArgs
+from seer_jax.core.draft.speculate import UNCALIBRATED, SpeculationArgs
 
 
 @dataclass(kw_only=True)
@@ -117,6 +117,7 @@ def _replay(
         args.top_k,
         args.min_probability,
         args.max_depth_per_match,
+        UNCALIBRATED,
         fixed_beam,
     )
 
@@ -177,11 +178,12 @@ def _replay_tokens(
     top_k,
     min_probability,
     max_depth_per_match,
+    calibration,
     fixed_beam,
 ):
     """Step all responses in turn until all are complete; the automaton has room for them."""
     draft_ids, parents = np.empty(budget, np.int32), np.empty(budget, np.int32)
-    scores = np.empty(budget, np.float32)
+    scores, conditionals, bins = np.empty(budget, np.float32), np.empty(budget, np.float32), np.empty(budget, np.int32)
     places = bounds[:-1].copy()
     num_steps, num_drafted, num_open = 0, 0, len(rows)
     while num_open:
@@ -208,9 +210,12 @@ def _replay_tokens(
                     top_k,
                     min_probability,
                     max_depth_per_match,
+                    calibration,
                     draft_ids,
                     parents,
                     scores,
+                    conditionals,
+                    bins,
                 )
             num_steps += 1
             num_drafted += num_nodes

@@ -1,7 +1,8 @@
 """Draft tokens from a group's automaton: the likeliest continuations of a request's own last tokens.
 
 A draft is a tree, grown best first: of all continuations known so far the one with the highest path probability becomes
-the next node, until the node budget is spent or what is left is too unlikely. With `top_k = 1` it is a line.
+the next node, until the node budget is spent or what is left is too unlikely. With `top_k = 1` it is a line. So the
+first n nodes of a draft are its n likeliest, and a tree themselves.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from seer_jax.core.draft.automaton import SuffixAutomaton
 from seer_jax.core.errors import ConfigError
 
 MAX_TOP_K = 8
+UNCALIBRATED = np.ones(kernels.NUM_BINS, np.float32)
+"""Takes the counts at their word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,9 @@ class DraftBatch:
     Attributes:
         token_ids: int32 [R, W].
         parents: int32 [R, W]; -1 is the request's newest token, and a parent comes before its children.
-        scores: float32 [R, W]; path probability.
+        scores: float32 [R, W]; path probability, calibrated; never rises along a row.
+        conditionals: float32 [R, W]; probability given the parent, as counted.
+        bins: int32 [R, W]; what the conditional is calibrated by, the length of its context (`kernels.bin_of`).
         num_nodes: int32 [R].
         match_length: int32 [R]; tokens of the context that was found.
     """
@@ -62,6 +67,8 @@ class DraftBatch:
     token_ids: np.ndarray
     parents: np.ndarray
     scores: np.ndarray
+    conditionals: np.ndarray
+    bins: np.ndarray
     num_nodes: np.ndarray
     match_length: np.ndarray
 
@@ -73,6 +80,8 @@ class DraftBatch:
             token_ids=np.zeros(shape, np.int32),
             parents=np.zeros(shape, np.int32),
             scores=np.zeros(shape, np.float32),
+            conditionals=np.zeros(shape, np.float32),
+            bins=np.zeros(shape, np.int32),
             num_nodes=np.zeros(num_requests, np.int32),
             match_length=np.zeros(num_requests, np.int32),
         )
@@ -88,7 +97,13 @@ def address_of(automaton: SuffixAutomaton, request: int) -> tuple[int, ...]:
     return (*(array.ctypes.data for array in (automaton.states, automaton.edges, cursor)), automaton.max_context)
 
 
-def batch_speculate(places: np.ndarray, budgets: np.ndarray, args: SpeculationArgs, out: DraftBatch) -> None:
+def batch_speculate(
+    places: np.ndarray,
+    budgets: np.ndarray,
+    args: SpeculationArgs,
+    out: DraftBatch,
+    calibration: np.ndarray | None = None,
+) -> None:
     """Draft for many requests, of any groups, in one call.
 
     Args:
@@ -96,6 +111,8 @@ def batch_speculate(places: np.ndarray, budgets: np.ndarray, args: SpeculationAr
         budgets: int32 [R]; nodes that each request may draft, at most the width of `out`.
         args: Settings.
         out: Takes the drafts.
+        calibration: float32 [NUM_BINS]; factors on what the counts say of a node given its parent, by the
+            length of their context (`AcceptanceStats.calibration`). None = `UNCALIBRATED`.
     """
     kernels.draft_batch(
         places,
@@ -106,17 +123,26 @@ def batch_speculate(places: np.ndarray, budgets: np.ndarray, args: SpeculationAr
         args.top_k,
         args.min_probability,
         args.max_depth_per_match,
+        UNCALIBRATED if calibration is None else calibration,
         out.token_ids,
         out.parents,
         out.scores,
+        out.conditionals,
+        out.bins,
         out.num_nodes,
         out.match_length,
     )
 
 
-def speculate(automaton: SuffixAutomaton, requests: Sequence[int], budget: int, args: SpeculationArgs) -> DraftBatch:
+def speculate(
+    automaton: SuffixAutomaton,
+    requests: Sequence[int],
+    budget: int,
+    args: SpeculationArgs,
+    calibration: np.ndarray | None = None,
+) -> DraftBatch:
     """Draft for requests of one group."""
     places = np.array([address_of(automaton, request) for request in requests], np.int64)
     out = DraftBatch.empty(len(requests), budget)
-    batch_speculate(places, np.full(len(requests), budget, np.int32), args, out)
+    batch_speculate(places, np.full(len(requests), budget, np.int32), args, out, calibration)
     return out

@@ -1,0 +1,132 @@
+"""What one instance drafts before a decode step, how much of it is verified, and what is learnt from the outcome."""
+
+from collections import defaultdict
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+
+from seer_jax.config.schema import SpeculationConfig
+from seer_jax.core.draft.acceptance import AcceptanceStats
+from seer_jax.core.draft.budget import DraftBudgetPolicy, ExpectedGainBudget, FixedBudget, PaperBudget
+from seer_jax.core.draft.client import DraftClient
+from seer_jax.core.draft.speculate import DraftBatch, SpeculationArgs
+from seer_jax.core.latency import StepTimeModel
+from seer_jax.core.sequence import Sequence
+
+STEPS_BETWEEN_DRAFTS = 8
+"""Plain decode steps after which drafting is tried again, while it is not in vain."""
+MAX_PAUSE = 16
+"""Dispatches for which a batch size at which drafting was in vain is left alone, at most."""
+TREE_TOP_K = 4
+"""Children of a node at most in `grouped_tree`; lines have one."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Proposal:
+    """Drafts to be verified.
+
+    Attributes:
+        sequences: B sequences.
+        is_probe: bool [B].
+        batch: Drafts; row i is sequence i's. Overwritten by the next proposal.
+        num_nodes: int32 [B]; how many of each are to be verified.
+    """
+
+    sequences: SequenceOf[Sequence]
+    is_probe: np.ndarray
+    batch: DraftBatch
+    num_nodes: np.ndarray
+
+
+class Speculator:
+    """Drafts for the sequences of one instance.
+
+    Args:
+        config: Whether and how to draft; `mode` is not "off".
+
+    Attributes:
+        client: What the groups have said.
+        stats: How well their words were chosen.
+    """
+
+    def __init__(self, config: SpeculationConfig) -> None:
+        self.config = config
+        args = SpeculationArgs(
+            max_spec_tokens=config.max_draft_tokens,
+            min_probability=config.min_probability,
+            top_k=TREE_TOP_K if config.mode == "grouped_tree" else 1,
+        )
+        self.client = DraftClient(args, grouped=config.mode != "suffix", ttl_seconds=config.group_ttl_s)
+        self.stats = AcceptanceStats(config.max_draft_tokens)
+        self._policy: DraftBudgetPolicy = FixedBudget()
+        # By number of sequences: how often in a row drafting was in vain, and dispatches until it is tried again.
+        self._refusals: dict[int, int] = defaultdict(int)
+        self._pauses: dict[int, int] = defaultdict(int)
+
+    def use_times(self, times: StepTimeModel) -> None:
+        """Weigh drafts with the time that steps take; until then, and for `budget` "fixed", all are verified."""
+        config = self.config
+        match config.budget:
+            case "expected_gain":
+                self._policy = ExpectedGainBudget(times=times, priority_factor=config.priority_factor)
+            case "mba" | "mba_paper":
+                self._policy = PaperBudget(
+                    times=times,
+                    stats=self.stats,
+                    gamma_max=config.max_draft_tokens,
+                    priority_factor=config.priority_factor,
+                    benefit="expected_gain" if config.budget == "mba" else "paper",
+                )
+
+    def max_plain_steps(self, num_sequences: int) -> int | None:
+        """Decode steps after which drafting should be looked at again; None = whenever the dispatch ends."""
+        return None if self._refusals[num_sequences] else STEPS_BETWEEN_DRAFTS
+
+    def propose(self, sequences: SequenceOf[Sequence], page_size: int, room_tokens: int) -> Proposal | None:
+        """Draft for sequences that are ready to decode.
+
+        Args:
+            sequences: B sequences.
+            page_size: Tokens per KV page.
+            room_tokens: Draft tokens that one step can verify.
+
+        Returns:
+            What to verify; None if plain decoding is faster, or nothing is known to draft from.
+        """
+        num_requests = len(sequences)
+        if self._pauses[num_requests]:
+            self._pauses[num_requests] -= 1
+            return None
+        # Nodes need slots for their KV. A line longer than what a request may still say would be waste.
+        most, is_line = self.config.max_draft_tokens, self.config.mode != "grouped_tree"
+        rooms = [
+            min(len(s.pages) * page_size - s.num_tokens, s.limit - s.num_tokens - 1 if is_line else most, most)
+            for s in sequences
+        ]
+        batch = self.client.draft(sequences, np.maximum(rooms, 0).astype(np.int32), self.stats.calibration)
+        if not batch.num_nodes[:num_requests].any():
+            return None
+        is_probe = np.array([s.chunk.priority == 0 for s in sequences])
+        mean_context = sum(s.num_tokens for s in sequences) / num_requests
+        num_nodes = self._policy.allocate(is_probe, batch, mean_context, room_tokens + num_requests)
+        if not num_nodes.any():
+            self.stats.relax()
+            self._refusals[num_requests] += 1
+            self._pauses[num_requests] = min(MAX_PAUSE, 2 ** self._refusals[num_requests]) - 1
+            return None
+        self._refusals[num_requests] = 0
+        return Proposal(sequences=sequences, is_probe=is_probe, batch=batch, num_nodes=num_nodes)
+
+    def learn(self, proposal: Proposal, emitted: SequenceOf[np.ndarray]) -> None:
+        """Take in what the verification of a proposal emitted.
+
+        Args:
+            proposal: The latest one.
+            emitted: int32 tokens of each sequence.
+        """
+        counts = np.array([len(token_ids) for token_ids in emitted], np.int32)
+        table = np.zeros((len(emitted), 1 + self.config.max_draft_tokens), np.int32)
+        for row, token_ids in zip(table, emitted, strict=True):
+            row[: len(token_ids)] = token_ids
+        self.stats.record(proposal.is_probe, proposal.batch, proposal.num_nodes, table, counts)

@@ -1,0 +1,131 @@
+"""The draft server as a Ray actor, and the instance's side of it: asynchronous, never between two decode steps.
+
+Losing a server costs acceptance and nothing else: drafts are verified, wherever they come from.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from seer_jax.core.draft.client import DraftClient
+from seer_jax.core.draft.messages import ExchangeReply, HeldGroup, TokenDelta
+from seer_jax.core.draft.server import DraftServer
+
+EXCHANGE_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 60.0
+
+
+class DraftServerActor:
+    """A `DraftServer` in a process of its own; `DraftServers` makes it an actor."""
+
+    def __init__(self, memory_tokens: int) -> None:
+        self._server = DraftServer(memory_tokens=memory_tokens)
+
+    def start_epoch(self, policy_version: int) -> None:
+        """See `DraftServer.start_epoch`."""
+        self._server.start_epoch(policy_version)
+
+    def num_tokens(self) -> int:
+        """Tokens heard in this epoch."""
+        return self._server.num_tokens
+
+    def exchange(self, epoch: int, updates: Sequence[TokenDelta], held: Sequence[HeldGroup]) -> ExchangeReply:
+        """See `DraftServer.exchange`."""
+        return self._server.exchange(epoch, updates, held)
+
+
+class DraftServers:
+    """The draft servers of a cluster, which share the groups; owned by the controller.
+
+    Args:
+        count: Servers; 0 = none.
+        memory_tokens: Tokens of earlier epochs that all of them together remember.
+    """
+
+    def __init__(self, count: int, memory_tokens: int) -> None:
+        self._actor_class = ray.remote(DraftServerActor).options(num_cpus=0)
+        self._memory_tokens = memory_tokens // max(1, count)
+        self.actors = [self._actor_class.remote(self._memory_tokens) for _ in range(count)]
+
+    def start_epoch(self, policy_version: int) -> bool:
+        """Let all servers begin an epoch; returns whether a dead one had to be replaced."""
+        is_replaced = False
+        for index, actor in enumerate(self.actors):
+            try:
+                ray.get(actor.start_epoch.remote(policy_version), timeout=START_TIMEOUT_S)
+            except (RayActorError, GetTimeoutError) as error:
+                logging.warning("Draft server %d is lost (%s); a new one starts", index, type(error).__name__)
+                ray.kill(actor)
+                self.actors[index] = actor = self._actor_class.remote(self._memory_tokens)
+                actor.start_epoch.remote(policy_version)
+                is_replaced = True
+        return is_replaced
+
+    def close(self) -> None:
+        """Stop the servers."""
+        for actor in self.actors:
+            ray.kill(actor)
+        self.actors.clear()
+
+
+class DraftSync:
+    """Keeps an instance's draft client in touch with the servers, from a thread of its own.
+
+    Args:
+        client: The client; touched only inside `run_between_steps`.
+        interval_s: Seconds between two exchanges.
+        run_between_steps: Lets the engine's thread make a call and returns its result.
+        is_busy: Whether the engine has work; without it there is nothing to tell or to ask.
+    """
+
+    def __init__(
+        self,
+        client: DraftClient,
+        interval_s: float,
+        run_between_steps: Callable[[Callable[[], Any]], Any],
+        is_busy: Callable[[], bool],
+    ) -> None:
+        self._client, self._interval_s = client, interval_s
+        self._run_between_steps, self._is_busy = run_between_steps, is_busy
+        self.servers: dict[int, Any] = {}
+        self.num_servers = 0
+
+    def connect(self, servers: Sequence[Any]) -> None:
+        """Use these servers from now on; group g belongs to server g modulo their number."""
+        self.num_servers = len(servers)
+        self.servers = dict(enumerate(servers))
+
+    def serve(self) -> None:
+        """Exchange for ever."""
+        while True:
+            time.sleep(self._interval_s)
+            if self.servers and self._is_busy():
+                self.exchange()
+
+    def exchange(self) -> None:
+        """One exchange with every server that is left."""
+        client, servers, count = self._client, dict(self.servers), self.num_servers
+        epoch, updates, held = self._run_between_steps(lambda: (client.epoch, client.updates(), client.held()))
+        replies = {
+            index: server.exchange.remote(
+                epoch,
+                [update for update in updates if update.request_id.group_id % count == index],
+                [group for group in held if group.group_id % count == index],
+            )
+            for index, server in servers.items()
+        }
+        for index, ref in replies.items():
+            try:
+                reply = ray.get(ref, timeout=EXCHANGE_TIMEOUT_S)
+            except GetTimeoutError:
+                continue  # Slow, not dead: what it lacks is sent again.
+            except RayError as error:
+                logging.warning("Draft server %d is lost (%s); drafts come from this instance only", index, error)
+                if self.servers.get(index) is servers[index]:
+                    del self.servers[index]
+                continue
+            self._run_between_steps(lambda reply=reply: client.apply(reply))
