@@ -193,7 +193,8 @@ def decode(
     keys = np.array([[key & 0xFFFFFFFF, key >> 32] for key in keys], np.uint32)
     prefill(params, holder, prompt, size, length)
     ends = np.full(size, len(prompt), np.int32)
-    holder["caches"], texts, ends, steps = loop(params, holder["caches"], texts, ends, keys, np.int32(length - 1))
+    limit = np.int32(length - 1)
+    holder["caches"], texts, ends, steps = loop(params, holder["caches"], texts, ends, keys, limit)
     texts, ends = np.asarray(texts), np.asarray(ends)
     return [texts[i, : ends[i]] for i in range(size)], int(steps)
 
@@ -214,8 +215,14 @@ def _prefill(params: Any, caches: list, prompt: jax.Array, count: jax.Array, siz
     column = jnp.tile(jnp.arange(128), size)
     zeros = jnp.zeros_like(column)
     tokens = Tokens(
-        token_ids=jnp.tile(prompt, size), request=jnp.repeat(jnp.arange(size), 128), offset=column, depth=column,
-        limit=jnp.where(column < count, column + 1, 0), mask=zeros.astype(jnp.uint32), parent=zeros - 1, column=zeros - 1,
+        token_ids=jnp.tile(prompt, size),
+        request=jnp.repeat(jnp.arange(size), 128),
+        offset=column,
+        depth=column,
+        limit=jnp.where(column < count, column + 1, 0),
+        mask=zeros.astype(jnp.uint32),
+        parent=zeros - 1,
+        column=zeros - 1,
     )  # fmt: skip
     return _run_model(params, caches, tokens, jnp.zeros(size, jnp.int32), tables, config=model, shape=shape)[1]
 

@@ -1,5 +1,6 @@
 """What the verbs run: loads the model, starts the instances, runs the job, stops the instances."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,10 +144,21 @@ def profile(config: RunConfig) -> MeasuredStepTimes:
     Raises:
         SeerError: Bad input, or an engine that cannot be built.
     """
-    _, model_config, params = _load(config)
-    unmeasured = replace(config, speculation=replace(config.speculation, budget="fixed"))
-    engine = build_engine(unmeasured, model_config, params, instance_id=0)
-    return measure_step_times(engine.programs(truncates=needs_truncation(config)), repeats=PROFILE_REPEATS)
+    cores = os.sched_getaffinity(0)
+    try:
+        if config.rollout.runtime == "ray":
+            from seer_jax.distributed.instance_actor import share_of_cores
+
+            # An instance on a CPU has no more; before XLA starts and sizes its threads.
+            os.sched_setaffinity(0, share_of_cores(0, config.rollout.instances))
+            if jax.default_backend() != "cpu":
+                os.sched_setaffinity(0, cores)
+        _, model_config, params = _load(config)
+        unmeasured = replace(config, speculation=replace(config.speculation, budget="fixed"))
+        engine = build_engine(unmeasured, model_config, params, instance_id=0)
+        return measure_step_times(engine.programs(truncates=needs_truncation(config)), repeats=PROFILE_REPEATS)
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def _warm_up(cluster: Cluster, config: RunConfig, groups: Sequence[RolloutGroup]) -> None:
@@ -227,6 +239,9 @@ def _open_cluster(config: RunConfig, model_config: DecoderConfig, params: Params
         from seer_jax.distributed.ray_cluster import RayCluster as start
     else:
         start = build_local_cluster
+    if config.speculation.profile is not None:  # Actors have a working directory of their own.
+        profile_path = str(Path(config.speculation.profile).expanduser().resolve())
+        config = replace(config, speculation=replace(config.speculation, profile=profile_path))
     cluster = start(config, model_config, params)
     try:
         yield cluster

@@ -66,13 +66,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def break_even(times: MeasuredStepTimes) -> list[dict[str, float]]:
+def break_even(times: MeasuredStepTimes) -> list[dict[str, float | int]]:
     """By requests in a step: its time, that of verifying drafts of each length, and what these must yield, at the
     shorter of the two contexts."""
     context, rows = float(times.contexts[0]), []
     for size in times.plain_sizes:
         plain = times.plain_step_s(size, context)
-        row: dict[str, float] = {"requests": size, "plain_ms": plain * 1e3}
+        row: dict[str, float | int] = {"requests": size, "plain_ms": plain * 1e3}
         for length in DRAFT_LENGTHS:
             if size * (1 + length) <= times.verify_sizes[-1]:
                 verify = float(times.verify_step_s(size, size * (1 + length), context))

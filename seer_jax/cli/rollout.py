@@ -51,6 +51,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse_job(RolloutArguments, argv, prog="seer-jax rollout")
     variants = _list_variants(arguments)
     validate(arguments.run, training=False)
+    if arguments.run.speculation.memory_tokens:
+        problem = f"is {arguments.run.speculation.memory_tokens}, but a rollout has no earlier iteration"
+        raise ConfigError("speculation.memory_tokens", problem, "leave it 0 here; it is for training")
     if arguments.dry_run:
         print_dry_run(arguments.run, json=arguments.json)
         return 0

@@ -122,7 +122,8 @@ class SpeculationConfig:
     sync_interval_s: float = 0.1
     """How often instances tell the draft server what their requests said, and ask what others did."""
     draft_servers: int = 1
-    """Draft servers that share the groups (`--runtime ray`); 0 = instances draft from what they ran themselves."""
+    """Draft servers that share the groups; 0 = instances draft from what they ran themselves. `--runtime local` has one
+    at most."""
     memory_tokens: int = 0
     """Tokens of earlier iterations' responses that are kept to draft from when their prompt comes again; 0 = none."""
 

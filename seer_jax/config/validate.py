@@ -2,6 +2,7 @@
 
 import math
 import string
+from pathlib import Path
 
 from seer_jax.config.decode import iterate_settings
 from seer_jax.config.schema import RunConfig
@@ -104,6 +105,13 @@ def _check_ranges(config: RunConfig) -> None:
     if config.speculation.max_draft_tokens > MAX_DRAFT_TOKENS:
         problem = f"is {config.speculation.max_draft_tokens}"
         raise ConfigError("speculation.max_draft_tokens", problem, f"at most {MAX_DRAFT_TOKENS}")
+    most = config.speculation.max_verify_tokens
+    if most is not None and most < config.engine.max_num_seqs:
+        problem = f"is {most}, below engine.max_num_seqs={config.engine.max_num_seqs}: no draft would have room"
+        raise ConfigError("speculation.max_verify_tokens", problem, "every slot has a newest token; give more, or null")
+    profile = config.speculation.profile
+    if profile is not None and not Path(profile).expanduser().is_file():
+        raise ConfigError("speculation.profile", f"no file {profile!r}", "write one with seer-jax profile")
     if config.train.clip_low >= 1:
         problem = f"is {config.train.clip_low}, so the ratio is never clipped from below"
         raise ConfigError("train.clip_low", problem, "give a number in (0, 1)")

@@ -10,6 +10,9 @@ from seer_jax.core.types import SamplingParams
 SMALLEST_BUCKET = 2
 """Rows or tiles of the smallest program: one more compilation would save little."""
 
+VERIFY_TOKENS_PER_SLOT = 4
+"""Tokens that a step verifies at most, by default."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
@@ -73,8 +76,9 @@ class StepBuckets:
         self.max_prefill_tokens = max_tiles * self.tile
         self._rows = geometric_buckets(min(SMALLEST_BUCKET, num_slots), num_slots)
         self._tiles = geometric_buckets(min(SMALLEST_BUCKET, max_tiles), max_tiles)
-        most = speculation.max_verify_tokens or VERIFY_TOKENS_PER_SLOT * num_slots
-        self._verify = fine_buckets(max(most // verify_tile, num_slots))
+        tiles_per_slot = pages_for_tokens(1 + speculation.max_draft_tokens, verify_tile)
+        most = (speculation.max_verify_tokens or VERIFY_TOKENS_PER_SLOT * num_slots) // verify_tile
+        self._verify = fine_buckets(min(max(most, num_slots), tiles_per_slot * num_slots))
         self.max_verify_tokens = self._verify[-1] * verify_tile
 
     def all_shapes(self, truncates: bool) -> list[StepShape]:
@@ -110,10 +114,6 @@ class StepBuckets:
         count = sum(pages_for_tokens(length, self.verify_tile) for length in run_lengths)
         return self._verify_shape(pick_bucket(count, self._verify), truncates)
 
-    def room_for_drafts(self, num_requests: int) -> int:
-        """Draft tokens that one verification of so many requests holds, however they are spread over them."""
-        return self.max_verify_tokens - num_requests * self.verify_tile
-
     def _decode_shape(self, num_rows: int, truncates: bool) -> StepShape:
         return self._shape(num_requests=num_rows, num_rows=num_rows, truncates=truncates)
 
@@ -139,10 +139,6 @@ class StepBuckets:
     def _shape(self, **fields: int) -> StepShape:
         defaults = {"num_requests": self.num_slots, "num_rows": 0, "num_tiles": 0, "tile": self.tile}
         return StepShape(**defaults | {"num_pages": self.max_pages} | fields)
-
-
-VERIFY_TOKENS_PER_SLOT = 4
-"""Tokens that a step verifies at most, by default."""
 
 
 def truncates(sampling: SamplingParams) -> bool:

@@ -62,7 +62,7 @@ class InstanceActor:
         """
         if on_cpu:
             # XLA reads all of this when its client starts; it sizes its thread pool by the affinity.
-            os.sched_setaffinity(0, _share_of_cores(instance_id, config.rollout.instances))
+            os.sched_setaffinity(0, share_of_cores(instance_id, config.rollout.instances))
             os.environ["JAX_PLATFORMS"] = "cpu"
             num_devices = f"--xla_force_host_platform_device_count={num_mesh_devices(config.sharding)}"
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {num_devices}"
@@ -93,6 +93,11 @@ class InstanceActor:
         self._peers = peers
         if self._draft_sync is not None:
             self._draft_sync.connect(draft_servers)
+
+    def flush_drafts(self) -> None:
+        """Tell the draft servers what they have not heard of the iteration that ends."""
+        if self._draft_sync is not None:
+            self._draft_sync.exchange()
 
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
         """See `Engine.start_iteration`; returns when done."""
@@ -164,7 +169,7 @@ class InstanceActor:
         self._inbox.put(partial(self._engine.submit, replace(chunk, kv=replace(chunk.kv, ref=moved))))
 
 
-def _share_of_cores(instance_id: int, num_instances: int) -> list[int]:
+def share_of_cores(instance_id: int, num_instances: int) -> list[int]:
     """An equal share of this machine's cores, disjoint while there are enough of them."""
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // num_instances)

@@ -19,6 +19,7 @@ from seer_jax.distributed.instance_actor import MAX_CONCURRENCY, InstanceActor
 
 JAX_PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
 """Modules of which one must be installed for JAX to use the accelerator."""
+FLUSH_TIMEOUT_S = 30.0
 
 
 class RayCluster:
@@ -39,6 +40,7 @@ class RayCluster:
         Raises:
             ConfigError: If the cluster cannot hold the instances, or an engine cannot be built.
         """
+        self._config = config
         self._owns_ray = not ray.is_initialized()
         self._actors: dict[int, Any] = {}
         self._polls: dict[Any, int] = {}
@@ -68,8 +70,12 @@ class RayCluster:
 
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
         """See `Cluster`. Weights go to the object store once, every node fetches them once."""
-        if self._draft_servers is not None and self._draft_servers.start_epoch(policy_version):
-            self._introduce()
+        if self._draft_servers is not None:
+            if self._config.speculation.memory_tokens:
+                flushed = [actor.flush_drafts.remote() for actor in self._actors.values()]
+                ray.wait(flushed, num_returns=len(flushed), timeout=FLUSH_TIMEOUT_S)
+            self._draft_servers.start_epoch(policy_version)
+            self._introduce()  # An instance that gave a server up, or that of a new one, hears of it again.
         weights = None if params is None else ray.put(params)
         started = {i: actor.start_iteration.remote(policy_version, weights) for i, actor in self._actors.items()}
         for instance_id, ref in started.items():

@@ -55,6 +55,7 @@ class LocalCluster:
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
         """See `Cluster`."""
         if self._draft_server is not None:
+            self._exchange_drafts(self._draft_server)  # What was said last, for its memory.
             self._draft_server.start_epoch(policy_version)
         for engine in self._engines.values():
             engine.start_iteration(policy_version, params)
@@ -79,9 +80,12 @@ class LocalCluster:
                 events.append(InstanceReport(status=engine.status()))
         if self._draft_server is not None and time.monotonic() - self._synced > self._sync_interval_s:
             self._synced = time.monotonic()
-            for client in (engine.speculator.client for engine in self._engines.values()):
-                client.apply(self._draft_server.exchange(client.epoch, client.updates(), client.held()))
+            self._exchange_drafts(self._draft_server)
         return events
+
+    def _exchange_drafts(self, server: DraftServer) -> None:
+        for client in (engine.speculator.client for engine in self._engines.values()):
+            client.apply(server.exchange(client.epoch, client.updates(), client.held()))
 
     def close(self) -> None:
         """Drop the engines."""

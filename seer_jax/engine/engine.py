@@ -74,9 +74,9 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
         )
-        self.speculator = None if speculation.mode == "off" else Speculator(speculation)
         verify_tile = CPU_VERIFY_TILE if jax.default_backend() == "cpu" else VERIFY_TILE
         self.buckets = StepBuckets(config, speculation, speculation.verify_tile or verify_tile)
+        self.speculator = None if speculation.mode == "off" else Speculator(speculation, self.buckets.verify_tile)
         self._planner = BatchPlanner(
             self.info,
             max_prefill_tokens=self.buckets.max_prefill_tokens,
@@ -158,8 +158,7 @@ class Engine:
         if started > self._next_expiry:
             self.speculator.client.expire(started)
             self._next_expiry = started + EXPIRY_INTERVAL_S
-        room = self.buckets.room_for_drafts(len(plan.decodes))
-        proposal = self.speculator.propose(plan.decodes, self.info.page_size, room)
+        proposal = self.speculator.propose(plan.decodes, self.info.page_size, self.buckets.max_verify_tokens)
         self._draft_time_s += time.perf_counter() - started
         return proposal
 
@@ -234,7 +233,7 @@ class Engine:
             self.launch(shape, pack([], [], shape, 0))
         self._caches = self._transfer.warmup(self._caches)
         if self.speculator is not None:
-            self.speculator.client.warmup()
+            self.speculator.warmup()
             if self.speculator.config.budget != "fixed":
                 self.speculator.use_times(
                     get_step_times(self.programs(truncates=truncates), self.speculator.config.profile)
@@ -249,6 +248,8 @@ class Engine:
             buckets=self.buckets,
             truncates=truncates,
             max_model_len=self.info.max_model_len,
+            page_size=self.info.page_size,
+            num_pages=self.config.num_pages,
             max_steps=self.config.max_steps_per_dispatch,
             facts=(self.model_config, self._caches[0].dtype, len(self._caches[0].devices())),
         )

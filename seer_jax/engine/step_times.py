@@ -1,6 +1,7 @@
 """Measures how long the step programs of an engine take: the T(B, gamma) of Seer's Algorithm 1."""
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class StepPrograms:
         buckets: The shapes.
         truncates: Which of them, see `Engine.warmup`.
         max_model_len: Longest context.
+        page_size: Tokens per page.
+        num_pages: Pages of the cache, all of which may be written.
         max_steps: Steps in one dispatch at most.
         facts: What else step times depend on: the model's shape, its type, its mesh.
     """
@@ -38,6 +41,8 @@ class StepPrograms:
     buckets: StepBuckets
     truncates: bool
     max_model_len: int
+    page_size: int
+    num_pages: int
     max_steps: int
     facts: tuple[object, ...]
 
@@ -62,7 +67,9 @@ def get_step_times(programs: StepPrograms, file: str | None) -> MeasuredStepTime
     times = MeasuredStepTimes.from_json(path.read_text(encoding="utf-8"))
     for name, value in (("device", _device()), ("model", programs.fingerprint)):
         if getattr(times, name) != value:
-            problem = f"{file}: {name} is {getattr(times, name)!r}, here it is {value!r}"
+            problem = (
+                f"{file}: {name} is {getattr(times, name)!r}, not {value!r}: of another model, mode or engine setting"
+            )
             raise ConfigError("speculation.profile", problem, "measure again with seer-jax profile")
     return times
 
@@ -70,7 +77,7 @@ def get_step_times(programs: StepPrograms, file: str | None) -> MeasuredStepTime
 def measure_step_times(programs: StepPrograms, *, repeats: int = 7) -> MeasuredStepTimes:
     """Time every program that decodes or verifies, at a short and at the longest context.
 
-    They read and write the page that no request owns.
+    They read and write any pages.
 
     Args:
         programs: The programs.
@@ -83,7 +90,7 @@ def measure_step_times(programs: StepPrograms, *, repeats: int = 7) -> MeasuredS
     contexts = (min(SHORT_CONTEXT, longest // 2), longest)
 
     def seconds(shape: StepShape, num_steps: int) -> tuple[float, float]:
-        first, second = (_time_program(programs.launch, shape, c, num_steps, repeats) / num_steps for c in contexts)
+        first, second = (_time_program(programs, shape, c, num_steps, repeats) / num_steps for c in contexts)
         return first, second
 
     return MeasuredStepTimes(
@@ -98,25 +105,23 @@ def measure_step_times(programs: StepPrograms, *, repeats: int = 7) -> MeasuredS
     )
 
 
-def _time_program(
-    launch: Callable[[StepShape, np.ndarray], np.ndarray], shape: StepShape, context: int, num_steps: int, repeats: int
-) -> float:
+def _time_program(programs: StepPrograms, shape: StepShape, context: int, num_steps: int, repeats: int) -> float:
     """Fastest run of a full program, packing and unpacking included."""
     num_runs = min(shape.num_requests, shape.num_tokens // (shape.tile if shape.num_tiles else 1))
     capacity = shape.num_tiles * shape.tile or shape.num_rows
     lengths = [capacity // num_runs + (i < capacity % num_runs) for i in range(num_runs)]
-    runs = [_fake_run(i, context, length if shape.max_depth else 1) for i, length in enumerate(lengths)]
+    runs = [_fake_run(programs, i, context, min(length, 1 + shape.max_depth)) for i, length in enumerate(lengths)]
     rows, tiles = ([], runs) if shape.num_tiles else (runs, [])
 
     def run() -> None:
-        unpack_outputs(launch(shape, pack(rows, tiles, shape, num_steps)), shape.num_requests)
+        unpack_outputs(programs.launch(shape, pack(rows, tiles, shape, num_steps)), shape.num_requests)
 
     run()
     return min(_seconds(run) for _ in range(repeats))
 
 
-def _fake_run(index: int, context: int, length: int) -> Run:
-    """A newest token at the end of a context with a line of wrong drafts after it."""
+def _fake_run(programs: StepPrograms, index: int, context: int, length: int) -> Run:
+    """A newest token at the end of a context with a line of drafts after it."""
     chunk = RequestChunk(
         request_id=RequestId(0, index),
         chunk_index=0,
@@ -130,8 +135,12 @@ def _fake_run(index: int, context: int, length: int) -> Run:
         sampling=SamplingParams(max_tokens=1 << 20),
         sampling_key=index,
     )
+    sequence = Sequence(chunk, index)
+    # Pages of its own while there are enough, so that contexts are as far from each other as they would be.
+    first = index * programs.buckets.max_pages
+    sequence.pages = [1 + (first + i) % (programs.num_pages - 1) for i in range(programs.buckets.max_pages)]
     return Run(
-        sequence=Sequence(chunk, index),
+        sequence=sequence,
         start=context - 1,
         token_ids=np.zeros(length, np.int32),
         samples=True,
@@ -146,4 +155,5 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _device() -> str:
-    return jax.devices()[0].device_kind
+    kind = jax.devices()[0].device_kind
+    return f"{kind}, {len(os.sched_getaffinity(0))} cores" if kind == "cpu" else kind

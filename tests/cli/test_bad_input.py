@@ -32,6 +32,13 @@ BAD_INPUT = [
     (["train", "--resume", "nothing"], "resume: 'nothing' holds no config.yaml"),
     (["train", "--resume", "x", "--config", "tiny_math"], "resume: 'x' brings its own configuration"),
     (["rollout", "--compare", "seer,fifo"], "compare: no policy 'fifo' (one of group_round_robin, seer)"),
+    (["rollout", "--compare", "seer:grouped,seer:groped"], "compare: no speculation 'groped' (did you mean grouped?)"),
+    (["rollout", "--compare", "seer:"], "compare: no speculation ''"),
+    (["rollout", "--speculation.memory-tokens", "9"], "speculation.memory_tokens: is 9, but a rollout has no earlier"),
+    (["rollout", "--speculation.profile", "no.json"], "speculation.profile: no file 'no.json'"),
+    (["rollout", "--speculation.max-verify-tokens", "9"], "speculation.max_verify_tokens: is 9, below engine.max_num"),
+    (["rollout", "--speculation.max-draft-tokens", "33"], "speculation.max_draft_tokens: is 33"),
+    (["profile", "--out", "no/such/file.json"], "out: 'no/such/file.json' cannot be written"),
     (["rollout", "--dry-run", "--data.task", "chain_sm"], "data.task: no task 'chain_sm'"),
     (["rollout", "--dry-run", "--model.path", "nothing"], "model.path: nothing/config.json does not exist"),
     (

@@ -49,6 +49,26 @@ def test_rollout_compares_policies_and_leaves_samples_and_a_log_that_replays(
     assert type(commands[-1]).__name__ == "IterationDone"
 
 
+def test_rollout_compares_speculation_by_a_profile_and_says_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = str(tmp_path / "profile.json")
+    report = run(capsys, "profile", "--out", file, *SMALL)
+    assert [row["requests"] for row in report["rows"]] == [2, 4] and report["out"] == file
+    assert all(row["plain_ms"] > 0 and row["drafts_of_2_must_yield"] > 0 for row in report["rows"])
+    argv = ("rollout", "--compare", "seer:off,seer:grouped", "--run-dir", str(tmp_path / "run"), *SMALL)
+    # With grouped's own profile; then drafts whatever they cost.
+    first, second = run(capsys, *argv, "--speculation.profile", file)["runs"]
+    assert [first["speculation"], second["speculation"]] == ["off", "grouped"]
+    assert first["drafted_tokens"] == 0 and first["output_sha256"] == second["output_sha256"]
+    fixed = run(capsys, "rollout", "--speculation", "grouped_tree", "--speculation.budget", "fixed",
+                "--run-dir", str(tmp_path / "tree"), *SMALL)  # fmt: skip
+    assert fixed["output_sha256"] == first["output_sha256"] and fixed["accepted_tokens"] > 0
+    again = ("rollout", "--run-dir", str(tmp_path / "again"), *SMALL)
+    assert main([*again, "--speculation", "grouped_tree", "--speculation.profile", file]) == 2
+    assert "speculation.profile" in capsys.readouterr().err
+
+
 def test_train_leaves_metrics_checkpoint_and_model_that_can_be_resumed_and_loaded(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -163,11 +163,11 @@ def test_every_draft_that_has_room_has_a_compiled_shape(
     config = EngineConfig(max_num_seqs=max_num_seqs, max_prefill_tokens=32, deterministic=deterministic)
     buckets = StepBuckets(config, SpeculationConfig(mode="grouped_tree", max_draft_tokens=max_draft_tokens), tile)
     count = data.draw(st.integers(1, max_num_seqs))
-    room, parents = buckets.room_for_drafts(count), []
-    for _ in range(count):
-        parents.append(list(range(-1, data.draw(st.integers(0, min(room, max_draft_tokens))) - 1)))
-        room -= len(parents[-1])
-    assert room >= 0
+    tiles, parents = buckets.max_verify_tokens // buckets.verify_tile, []
+    for left in reversed(range(count)):
+        longest = min((tiles - left) * buckets.verify_tile - 1, max_draft_tokens)
+        parents.append(list(range(-1, data.draw(st.integers(0, longest)) - 1)))
+        tiles -= -(-(1 + len(parents[-1])) // buckets.verify_tile)
     batch = make_batch([*parents, [-1]])
     runs = draft_runs([make_sequence(9)] * count, batch, batch.num_nodes[:count])
     shape = buckets.pick_verify((len(run.token_ids) for run in runs), False)

@@ -52,7 +52,7 @@ def say(sequence: Sequence, token_ids: list[int] | np.ndarray) -> Sequence:
 def make_client(max_spec_tokens: int = 3, *, grouped: bool = True, top_k: int = 1, **options: float) -> DraftClient:
     """A client that drafts everything it finds."""
     args = SpeculationArgs(max_spec_tokens=max_spec_tokens, top_k=top_k)
-    return DraftClient(args, grouped=grouped, **options)
+    return DraftClient(args, grouped=grouped, **{"ttl_seconds": 600.0} | options)
 
 
 def draft_lines(client: DraftClient, *sequences: Sequence, budget: int = 3) -> list[list[int]]:
@@ -79,6 +79,19 @@ def test_grouped_drafts_from_siblings_and_suffix_does_not() -> None:
 
     assert drafts(grouped=True) == [11, 12, 13]
     assert drafts(grouped=False) == []
+
+
+def test_a_request_that_comes_back_shorter_drafts_from_its_new_text() -> None:
+    """Its last instance got further and was lost with its report; what it said is known here."""
+    client = make_client()
+    first = say(make_sequence(RequestId(0, 0)), [10, 11, 12, 13])
+    draft_lines(client, first)
+    client._running.clear()  # It left, and the server told how it went on elsewhere.
+    client._groups[0,].responses[0].sequence = None
+    delta = TokenDelta(request_id=RequestId(0, 0), prev_token_count=4, token_ids=np.array([18, 19, 20], np.int32))
+    client.apply(ExchangeReply(epoch=0, num_held={}, deltas=[delta]))
+    again = make_sequence(RequestId(0, 0), [10, 11, 12, 13])
+    assert draft_lines(client, again) == [[18, 19, 20]]
 
 
 def test_a_request_on_its_own_drafts_from_itself_and_tells_nobody() -> None:

@@ -37,15 +37,22 @@ class DraftBudgetPolicy(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class FixedBudget:
-    """Verifies whatever was drafted; if there is no room for all of it, the likeliest nodes."""
+    """Verifies whatever was drafted; if there is no room for all of it, the likeliest nodes.
+
+    Attributes:
+        tile: Tokens of a request that attend together; a step computes whole tiles.
+    """
+
+    tile: int = 1
 
     def allocate(self, is_probe: np.ndarray, batch: DraftBatch, mean_context: float, room_tokens: int) -> np.ndarray:
         """See `DraftBudgetPolicy`."""
         num_requests = len(is_probe)
-        if batch.num_nodes[:num_requests].sum() <= room_tokens - num_requests:
+        if self.tile * (-(-(1 + batch.num_nodes[:num_requests]) // self.tile)).sum() <= room_tokens:
             return batch.num_nodes[:num_requests].copy()
-        rows, _ = _nodes_best_first(batch, np.ones(num_requests, np.float32))
-        return _count_rows(rows[: max(0, room_tokens - num_requests)], num_requests)
+        rows, columns, _ = _nodes_best_first(batch, np.ones(num_requests, np.float32))
+        most = np.searchsorted(_count_tokens(columns, num_requests, self.tile), room_tokens, side="right")
+        return _count_rows(rows[:most], num_requests)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +66,12 @@ class ExpectedGainBudget:
     Attributes:
         times: How long steps take.
         priority_factor: A node of a probe is taken before others that are up to so many times likelier.
+        tile: Tokens of a request that attend together; a step computes whole tiles.
     """
 
     times: StepTimeModel
     priority_factor: float = 2.0
+    tile: int = 1
 
     def __post_init__(self) -> None:
         _check_priority_factor(self.priority_factor)
@@ -70,13 +79,14 @@ class ExpectedGainBudget:
     def allocate(self, is_probe: np.ndarray, batch: DraftBatch, mean_context: float, room_tokens: int) -> np.ndarray:
         """See `DraftBudgetPolicy`."""
         num_requests = len(is_probe)
-        rows, scores = _nodes_best_first(batch, np.where(is_probe, self.priority_factor, 1).astype(np.float32))
-        most = min(len(rows), room_tokens - num_requests)
+        weights = np.where(is_probe, self.priority_factor, 1).astype(np.float32)
+        rows, columns, scores = _nodes_best_first(batch, weights)
+        num_tokens = _count_tokens(columns, num_requests, self.tile)
+        most = np.searchsorted(num_tokens, room_tokens, side="right")
         if most < 1:
             return np.zeros(num_requests, np.int32)
         num_emitted = num_requests + np.cumsum(scores[:most], dtype=np.float64)
-        num_tokens = num_requests + np.arange(1, most + 1)
-        rates = num_emitted / self.times.verify_step_s(num_requests, num_tokens, mean_context)
+        rates = num_emitted / self.times.verify_step_s(num_requests, num_tokens[:most], mean_context)
         best = int(rates.argmax())
         if rates[best] <= num_requests / self.times.plain_step_s(num_requests, mean_context):
             return np.zeros(num_requests, np.int32)
@@ -106,6 +116,7 @@ class PaperBudget:
         gamma_max: Longest draft of a class; positions that `stats` does not tell apart are left out too.
         priority_factor: lambda.
         benefit: Which marginal benefit.
+        tile: Tokens of a request that attend together; a step computes whole tiles.
     """
 
     times: StepTimeModel
@@ -113,6 +124,7 @@ class PaperBudget:
     gamma_max: int = 8
     priority_factor: float = 2.0
     benefit: Literal["paper", "expected_gain"] = "paper"
+    tile: int = 1
 
     def __post_init__(self) -> None:
         _check_priority_factor(self.priority_factor)
@@ -124,15 +136,21 @@ class PaperBudget:
         num_requests, num_probes = len(is_probe), int(is_probe.sum())
         gamma = self.best_gamma(num_requests, mean_context, room_tokens)
         gamma_probe, gamma_other = self.split(gamma, num_probes, num_requests - num_probes)
-        return np.minimum(np.where(is_probe, gamma_probe, gamma_other), batch.num_nodes[:num_requests]).astype(np.int32)
+        drafted = batch.num_nodes[:num_requests]
+        num_nodes = np.minimum(np.where(is_probe, gamma_probe, gamma_other), drafted)
+        if self.tile * (-(-(1 + num_nodes) // self.tile)).sum() > room_tokens:
+            num_nodes = np.minimum(gamma, drafted)  # The split opened more tiles than there is room for.
+        return num_nodes.astype(np.int32)
 
     def best_gamma(self, num_requests: int, mean_context: float, room_tokens: int) -> int:
         """gamma*: the one length for all requests that gives the least expected time per token; 0 = none."""
-        gammas = np.arange(1, min(self._longest, room_tokens // num_requests - 1) + 1)
+        room = room_tokens // (num_requests * self.tile) * self.tile - 1
+        gammas = np.arange(1, min(self._longest, room) + 1)
         num_emitted = np.cumsum(self.stats.alpha ** np.arange(len(gammas) + 1))
         times = np.empty(len(gammas) + 1)
         times[0] = self.times.plain_step_s(num_requests, mean_context)
-        times[1:] = self.times.verify_step_s(num_requests, num_requests * (1 + gammas), mean_context)
+        num_tokens = num_requests * self.tile * -(-(1 + gammas) // self.tile)
+        times[1:] = self.times.verify_step_s(num_requests, num_tokens, mean_context)
         return int((times / num_emitted).argmin())
 
     def split(self, gamma: int, num_probes: int, num_others: int) -> tuple[int, int]:
@@ -166,16 +184,22 @@ class PaperBudget:
         return (num_requests * -np.diff(beta, prepend=1.0)).tolist()
 
 
-def _nodes_best_first(batch: DraftBatch, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row and score of every node of the first rows of a batch, by falling score times the weight of the row.
+def _nodes_best_first(batch: DraftBatch, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, column and score of the nodes of the first rows of a batch, by falling score times the weight of the row.
 
     Scores never rise along a row and equals keep their order, so however many are taken are a prefix of every row.
     """
     is_node = np.arange(batch.scores.shape[1]) < batch.num_nodes[: len(weights), None]
-    rows, _ = is_node.nonzero()
+    rows, columns = is_node.nonzero()
     scores = batch.scores[: len(weights)][is_node]
     order = np.argsort(-scores * weights[rows], kind="stable")
-    return rows[order], scores[order]
+    return rows[order], columns[order], scores[order]
+
+
+def _count_tokens(columns: np.ndarray, num_requests: int, tile: int) -> np.ndarray:
+    """Tokens that a step computes with the first 1, 2, ... of nodes in these columns: a run fills whole tiles."""
+    opens_tile = (columns + 1) % tile == 0
+    return tile * (num_requests + np.cumsum(opens_tile))
 
 
 def _count_rows(rows: np.ndarray, num_rows: int) -> np.ndarray:

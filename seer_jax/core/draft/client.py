@@ -11,9 +11,6 @@ from seer_jax.core.draft.messages import ExchangeReply, HeldGroup, TokenDelta
 from seer_jax.core.draft.speculate import ADDRESS_FIELDS, DraftBatch, SpeculationArgs, batch_speculate, speculate
 from seer_jax.core.sequence import Sequence
 
-TTL_SECONDS = 600.0
-"""Longer than a chunk takes, so that a group stays while its requests wait. Building a long one again takes 0.15 s."""
-
 
 class DraftClient:
     """Drafts for the sequences of an instance from what their groups have said; not thread-safe.
@@ -32,9 +29,7 @@ class DraftClient:
         epoch: The policy version, which goes with updates.
     """
 
-    def __init__(
-        self, args: SpeculationArgs, *, grouped: bool, ttl_seconds: float = TTL_SECONDS, policy_version: int = 0
-    ) -> None:
+    def __init__(self, args: SpeculationArgs, *, grouped: bool, ttl_seconds: float, policy_version: int = 0) -> None:
         self.epoch = policy_version
         self._args, self._grouped, self._ttl_seconds = args, grouped, ttl_seconds
         self._groups: dict[tuple[int, ...], KnownGroup] = {}

@@ -36,12 +36,12 @@ class KnownResponse:
         self.group, self.num_sent = group, num_sent
         self.sequence: Sequence | None = None
         self.token_ids, self.num_own = np.empty(0, np.int32), 0
-        self._address, self._version = (0,) * ADDRESS_FIELDS, -1
         self.begin()
 
     def begin(self) -> None:
         """Become a new text, of the prompt only; an earlier one stays in the automaton without a name."""
         self._name, self.num_tokens = self.group.open_text(), self.group.num_prompt
+        self._address, self._version = (0,) * ADDRESS_FIELDS, -1
 
     def append(self, token_ids: TokenIds) -> None:
         """Append int32 tokens to the text."""

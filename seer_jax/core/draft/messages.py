@@ -49,7 +49,7 @@ class HeldGroup:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExchangeReply:
-    """The server's answer to updates and caches.
+    """The server's answer to updates and held groups.
 
     Attributes:
         epoch: The server's epoch; the reply is empty if the message was of another one.

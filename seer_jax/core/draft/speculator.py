@@ -12,6 +12,7 @@ from seer_jax.core.draft.budget import DraftBudgetPolicy, ExpectedGainBudget, Fi
 from seer_jax.core.draft.client import DraftClient
 from seer_jax.core.draft.speculate import DraftBatch, SpeculationArgs
 from seer_jax.core.latency import StepTimeModel
+from seer_jax.core.scheduling.base import PROBE_PRIORITY
 from seer_jax.core.sequence import Sequence
 
 STEPS_BETWEEN_DRAFTS = 8
@@ -44,14 +45,15 @@ class Speculator:
 
     Args:
         config: Whether and how to draft; `mode` is not "off".
+        tile: Tokens of a request that attend together in verification.
 
     Attributes:
         client: What the groups have said.
         stats: How well their words were chosen.
     """
 
-    def __init__(self, config: SpeculationConfig) -> None:
-        self.config = config
+    def __init__(self, config: SpeculationConfig, tile: int = 1) -> None:
+        self.config, self._tile = config, tile
         args = SpeculationArgs(
             max_spec_tokens=config.max_draft_tokens,
             min_probability=config.min_probability,
@@ -59,7 +61,7 @@ class Speculator:
         )
         self.client = DraftClient(args, grouped=config.mode != "suffix", ttl_seconds=config.group_ttl_s)
         self.stats = AcceptanceStats(config.max_draft_tokens)
-        self._policy: DraftBudgetPolicy = FixedBudget()
+        self._policy: DraftBudgetPolicy = FixedBudget(tile=tile)
         # By number of sequences: how often in a row drafting was in vain, and dispatches until it is tried again.
         self._refusals: dict[int, int] = defaultdict(int)
         self._pauses: dict[int, int] = defaultdict(int)
@@ -69,7 +71,7 @@ class Speculator:
         config = self.config
         match config.budget:
             case "expected_gain":
-                self._policy = ExpectedGainBudget(times=times, priority_factor=config.priority_factor)
+                self._policy = ExpectedGainBudget(times=times, priority_factor=config.priority_factor, tile=self._tile)
             case "mba" | "mba_paper":
                 self._policy = PaperBudget(
                     times=times,
@@ -77,6 +79,7 @@ class Speculator:
                     gamma_max=config.max_draft_tokens,
                     priority_factor=config.priority_factor,
                     benefit="expected_gain" if config.budget == "mba" else "paper",
+                    tile=self._tile,
                 )
 
     def max_plain_steps(self, num_sequences: int) -> int | None:
@@ -89,7 +92,7 @@ class Speculator:
         Args:
             sequences: B sequences.
             page_size: Tokens per KV page.
-            room_tokens: Draft tokens that one step can verify.
+            room_tokens: Tokens that one step can verify, in whole tiles, the newest one of each sequence included.
 
         Returns:
             What to verify; None if plain decoding is faster, or nothing is known to draft from.
@@ -107,9 +110,9 @@ class Speculator:
         batch = self.client.draft(sequences, np.maximum(rooms, 0).astype(np.int32), self.stats.calibration)
         if not batch.num_nodes[:num_requests].any():
             return None
-        is_probe = np.array([s.chunk.priority == 0 for s in sequences])
+        is_probe = np.array([s.chunk.priority == PROBE_PRIORITY for s in sequences])
         mean_context = sum(s.num_tokens for s in sequences) / num_requests
-        num_nodes = self._policy.allocate(is_probe, batch, mean_context, room_tokens + num_requests)
+        num_nodes = self._policy.allocate(is_probe, batch, mean_context, room_tokens)
         if not num_nodes.any():
             self.stats.relax()
             self._refusals[num_requests] += 1
@@ -117,6 +120,12 @@ class Speculator:
             return None
         self._refusals[num_requests] = 0
         return Proposal(sequences=sequences, is_probe=is_probe, batch=batch, num_nodes=num_nodes)
+
+    def warmup(self) -> None:
+        """Load or compile the loops of drafting and learning."""
+        self.client.warmup()
+        batch, none = DraftBatch.empty(1, 1), np.zeros(1, np.int32)
+        self.stats.record(np.zeros(1, bool), batch, none, np.zeros((1, 1), np.int32), none)
 
     def learn(self, proposal: Proposal, emitted: SequenceOf[np.ndarray]) -> None:
         """Take in what the verification of a proposal emitted.

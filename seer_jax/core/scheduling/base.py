@@ -8,6 +8,9 @@ from seer_jax.core.buffer import RequestBuffer
 from seer_jax.core.placement import InstanceLoad
 from seer_jax.core.request import RolloutRequest
 
+PROBE_PRIORITY, REST_PRIORITY = 0, 1
+"""Seer's two classes of chunks; policies that know no probes give all the first."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Decision:

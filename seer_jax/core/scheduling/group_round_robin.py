@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from seer_jax.core.buffer import RequestBuffer
 from seer_jax.core.placement import InstanceLoad
-from seer_jax.core.scheduling.base import Decision
+from seer_jax.core.scheduling.base import PROBE_PRIORITY, Decision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,5 +30,5 @@ class GroupRoundRobinPolicy:
             instance_id=able[request.group_position % len(able)],
             max_chunk_tokens=request.remaining_tokens,
             num_reserved_pages=0,
-            priority=0,
+            priority=PROBE_PRIORITY,
         )

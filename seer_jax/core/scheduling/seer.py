@@ -7,9 +7,7 @@ from seer_jax.core.buffer import RequestBuffer
 from seer_jax.core.kv.page_pool import pages_for_tokens
 from seer_jax.core.placement import InstanceLoad, choose_instance
 from seer_jax.core.request import RolloutRequest
-from seer_jax.core.scheduling.base import Decision
-
-PROBE_PRIORITY, REST_PRIORITY = 0, 1
+from seer_jax.core.scheduling.base import PROBE_PRIORITY, REST_PRIORITY, Decision
 
 
 @dataclass(frozen=True, kw_only=True)
