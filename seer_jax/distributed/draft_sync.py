@@ -80,7 +80,7 @@ class DraftSync:
         client: The client; touched only inside `run_between_steps`.
         interval_s: Seconds between two exchanges.
         run_between_steps: Lets the engine's thread make a call and returns its result.
-        is_busy: Whether the engine has work; without it there is nothing to tell or to ask.
+        is_wanted: Whether anything runs whose drafts are worth it; an exchange costs milliseconds of CPU.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class DraftSync:
         client: DraftClient,
         interval_s: float,
         run_between_steps: Callable[[Callable[[], Any]], Any],
-        is_busy: Callable[[], bool],
+        is_wanted: Callable[[], bool],
     ) -> None:
         self._client, self._interval_s = client, interval_s
-        self._run_between_steps, self._is_busy = run_between_steps, is_busy
+        self._run_between_steps, self._is_wanted = run_between_steps, is_wanted
         self._servers: list[Any] = []
 
     def connect(self, servers: Sequence[Any]) -> None:
@@ -102,7 +102,7 @@ class DraftSync:
         """Exchange for ever."""
         while True:
             time.sleep(self._interval_s)
-            if self._is_busy():
+            if self._is_wanted():
                 self.exchange()
 
     def exchange(self) -> None:

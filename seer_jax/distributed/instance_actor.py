@@ -83,7 +83,7 @@ class InstanceActor:
                 self._engine.speculator.client,
                 config.speculation.sync_interval_s,
                 self._run_between_steps,
-                lambda: self._engine.has_work,
+                lambda: self._engine.wants_drafts,
             )
             threading.Thread(target=self._draft_sync.serve, name="drafts", daemon=True).start()
         return self._engine.info

@@ -129,6 +129,12 @@ class Engine:
         """Chunks that wait for a slot or for pages."""
         return len(self._planner.waiting)
 
+    @property
+    def wants_drafts(self) -> bool:
+        """Whether anything runs that could gain from what siblings say elsewhere."""
+        num_running = len(self._planner.running)
+        return self.speculator is not None and num_running > 0 and not self.speculator.is_in_vain(num_running)
+
     def step(self) -> list[ChunkFinished]:
         """Run one dispatch: admit, plan, launch, book. Returns the chunks that ended."""
         started = time.perf_counter()
@@ -142,9 +148,16 @@ class Engine:
         self._save_evicted()
         if plan.copies:
             self._caches = self._transfer.copy_pages(self._caches, plan.copies)
-        device_time_s = self._device_time_s
+        device_time_s, decoding = self._device_time_s, time.perf_counter()
         proposal = self._propose(plan)
-        emitted = self._decode(plan) if proposal is None else self._verify(proposal)
+        if proposal is not None:
+            emitted = self._verify(proposal, decoding)
+        else:
+            num_steps = self._num_steps
+            emitted = self._decode(plan)
+            if self.speculator is not None and not plan.prefills:
+                seconds = time.perf_counter() - decoding
+                self.speculator.note_plain_steps(plan.decodes, self._num_steps - num_steps, seconds)
         finished = [self._finish(sequence) for sequence in self._planner.commit(plan, emitted)]
         self._num_dispatches += 1
         self._host_time_s += time.perf_counter() - started - (self._device_time_s - device_time_s)
@@ -172,16 +185,17 @@ class Engine:
             rows, slices = [*rows, *slices], []
         return self._launch(rows, slices, shape, num_steps)
 
-    def _verify(self, proposal: Proposal) -> Emitted:
-        """Verify drafts in one step; what is emitted is what plain decoding would say."""
+    def _verify(self, proposal: Proposal, started: float) -> Emitted:
+        """Verify drafts, made from `started` on, in one step; emits what plain decoding would say."""
         runs = draft_runs(proposal.sequences, proposal.batch, proposal.num_nodes)
         shape = self.buckets.pick_verify((len(run.token_ids) for run in runs), _any_truncates(runs))
         device_time_s = self._device_time_s
         emitted = self._launch([], runs, shape, 1) if shape.num_tiles else self._launch(runs, [], shape, 1)
         self._verify_time_s += self._device_time_s - device_time_s
-        self.speculator.learn(proposal, [token_ids for token_ids, _ in emitted.values()])
+        said = [token_ids for token_ids, _ in emitted.values()]
+        self.speculator.learn(proposal, said, time.perf_counter() - started)
         self._num_drafted_tokens += int(proposal.num_nodes.sum())
-        self._num_accepted_tokens += sum(len(token_ids) for token_ids, _ in emitted.values()) - len(runs)
+        self._num_accepted_tokens += sum(map(len, said)) - len(runs)
         self._num_verified += len(runs)
         return emitted
 

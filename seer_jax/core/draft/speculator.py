@@ -11,7 +11,7 @@ from seer_jax.core.draft.acceptance import AcceptanceStats
 from seer_jax.core.draft.budget import DraftBudgetPolicy, ExpectedGainBudget, FixedBudget, PaperBudget
 from seer_jax.core.draft.client import DraftClient
 from seer_jax.core.draft.speculate import DraftBatch, SpeculationArgs
-from seer_jax.core.latency import StepTimeModel
+from seer_jax.core.latency import CorrectedStepTimes, StepTimeModel
 from seer_jax.core.scheduling.base import PROBE_PRIORITY
 from seer_jax.core.sequence import Sequence
 
@@ -62,13 +62,15 @@ class Speculator:
         self.client = DraftClient(args, grouped=config.mode != "suffix", ttl_seconds=config.group_ttl_s)
         self.stats = AcceptanceStats(config.max_draft_tokens)
         self._policy: DraftBudgetPolicy = FixedBudget(tile=tile)
+        self._times: CorrectedStepTimes | None = None
         # By number of sequences: how often in a row drafting was in vain, and dispatches until it is tried again.
         self._refusals: dict[int, int] = defaultdict(int)
         self._pauses: dict[int, int] = defaultdict(int)
 
-    def use_times(self, times: StepTimeModel) -> None:
+    def use_times(self, profile: StepTimeModel) -> None:
         """Weigh drafts with the time that steps take; until then, and for `budget` "fixed", all are verified."""
-        config = self.config
+        config, times = self.config, CorrectedStepTimes(profile)
+        self._times = times
         match config.budget:
             case "expected_gain":
                 self._policy = ExpectedGainBudget(times=times, priority_factor=config.priority_factor, tile=self._tile)
@@ -81,6 +83,15 @@ class Speculator:
                     benefit="expected_gain" if config.budget == "mba" else "paper",
                     tile=self._tile,
                 )
+
+    def is_in_vain(self, num_sequences: int) -> bool:
+        """Whether drafting for so many sequences was in vain for some time."""
+        return 2 ** self._refusals[num_sequences] >= MAX_PAUSE
+
+    def note_plain_steps(self, sequences: SequenceOf[Sequence], num_steps: int, seconds: float) -> None:
+        """Take in how long a dispatch of plain decoding took."""
+        if self._times is not None:
+            self._times.note_plain_step(seconds / num_steps, len(sequences), _mean_context(sequences))
 
     def max_plain_steps(self, num_sequences: int) -> int | None:
         """Decode steps after which drafting should be looked at again; None = whenever the dispatch ends."""
@@ -111,8 +122,7 @@ class Speculator:
         if not batch.num_nodes[:num_requests].any():
             return None
         is_probe = np.array([s.chunk.priority == PROBE_PRIORITY for s in sequences])
-        mean_context = sum(s.num_tokens for s in sequences) / num_requests
-        num_nodes = self._policy.allocate(is_probe, batch, mean_context, room_tokens)
+        num_nodes = self._policy.allocate(is_probe, batch, _mean_context(sequences), room_tokens)
         if not num_nodes.any():
             self.stats.relax()
             self._refusals[num_requests] += 1
@@ -127,15 +137,24 @@ class Speculator:
         batch, none = DraftBatch.empty(1, 1), np.zeros(1, np.int32)
         self.stats.record(np.zeros(1, bool), batch, none, np.zeros((1, 1), np.int32), none)
 
-    def learn(self, proposal: Proposal, emitted: SequenceOf[np.ndarray]) -> None:
+    def learn(self, proposal: Proposal, emitted: SequenceOf[np.ndarray], seconds: float) -> None:
         """Take in what the verification of a proposal emitted.
 
         Args:
             proposal: The latest one.
             emitted: int32 tokens of each sequence.
+            seconds: What it took, from drafting on.
         """
+        if self._times is not None:
+            num_tokens = int(self._tile * (-(-(1 + proposal.num_nodes) // self._tile)).sum())
+            context = _mean_context(proposal.sequences)
+            self._times.note_verify_step(seconds, len(emitted), num_tokens, context)
         counts = np.array([len(token_ids) for token_ids in emitted], np.int32)
         table = np.zeros((len(emitted), 1 + self.config.max_draft_tokens), np.int32)
         for row, token_ids in zip(table, emitted, strict=True):
             row[: len(token_ids)] = token_ids
         self.stats.record(proposal.is_probe, proposal.batch, proposal.num_nodes, table, counts)
+
+
+def _mean_context(sequences: SequenceOf[Sequence]) -> float:
+    return sum(sequence.num_tokens for sequence in sequences) / len(sequences)
