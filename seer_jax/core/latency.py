@@ -17,10 +17,6 @@ from seer_jax.core.errors import ConfigError
 
 PATH = "speculation.profile"
 NUM_CONTEXTS = 2
-FOLLOWING = 0.1
-"""Weight of the newest step in the correction of a profile."""
-MOST_SURPRISE = 3.0
-"""A step counts as at most so many times slower or faster than expected."""
 FIELDS = ("device", "model", "jax", "contexts", "plain_sizes", "plain_s", "verify_sizes", "verify_s")
 
 
@@ -139,42 +135,6 @@ class MeasuredStepTimes:
     @cached_property
     def _verify(self) -> tuple[np.ndarray, np.ndarray]:
         return np.array(self.verify_sizes), np.array(self.verify_s)
-
-
-class CorrectedStepTimes:
-    """Step times that follow what steps really take: another machine load, and host work that a profile leaves out.
-
-    Plain and verification steps have a factor each, a running mean of real over predicted time.
-
-    Args:
-        profile: The times to correct.
-    """
-
-    def __init__(self, profile: StepTimeModel) -> None:
-        self._profile = profile
-        self.plain_factor = self.verify_factor = 1.0
-
-    def plain_step_s(self, num_seqs: int, mean_context: float) -> float:
-        """See `StepTimeModel`."""
-        return self.plain_factor * self._profile.plain_step_s(num_seqs, mean_context)
-
-    def verify_step_s(self, num_seqs: int, num_tokens: int | np.ndarray, mean_context: float) -> float | np.ndarray:
-        """See `StepTimeModel`."""
-        return self.verify_factor * self._profile.verify_step_s(num_seqs, num_tokens, mean_context)
-
-    def note_plain_step(self, seconds: float, num_seqs: int, mean_context: float) -> None:
-        """Take in what a plain step took."""
-        self.plain_factor = _follow(self.plain_factor, seconds / self._profile.plain_step_s(num_seqs, mean_context))
-
-    def note_verify_step(self, seconds: float, num_seqs: int, num_tokens: int, mean_context: float) -> None:
-        """Take in what a verification took, drafting and all."""
-        predicted = float(self._profile.verify_step_s(num_seqs, num_tokens, mean_context))
-        self.verify_factor = _follow(self.verify_factor, seconds / predicted)
-
-
-def _follow(factor: float, seen: float) -> float:
-    """Running mean in which one wild time counts little."""
-    return factor + FOLLOWING * (min(max(seen, factor / MOST_SURPRISE), factor * MOST_SURPRISE) - factor)
 
 
 def _times(

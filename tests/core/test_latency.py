@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from seer_jax.core.errors import ConfigError
-from seer_jax.core.latency import FIELDS, CorrectedStepTimes, MeasuredStepTimes
+from seer_jax.core.latency import FIELDS, MeasuredStepTimes
 
 TIMES = MeasuredStepTimes(
     device="TFRT_CPU_0",
@@ -91,19 +91,3 @@ def test_a_bad_file_is_refused_with_what_is_wrong(changes: dict, message: str) -
 def test_no_profile_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^speculation\.profile"):
         MeasuredStepTimes.from_json(text)
-
-
-def test_a_profile_follows_what_steps_really_take() -> None:
-    profile = MeasuredStepTimes(
-        device="", model="", jax="", contexts=(10, 20), plain_sizes=(4,), plain_s=((1.0, 1.0),), verify_sizes=(8,),
-        verify_s=((2.0, 2.0),),
-    )  # fmt: skip
-    times = CorrectedStepTimes(profile)
-    assert (times.plain_step_s(4, 10.0), times.verify_step_s(4, 8, 10.0)) == (1.0, 2.0)
-    for _ in range(100):
-        times.note_plain_step(0.5, 4, 10.0)
-        times.note_verify_step(5.0, 4, 8, 10.0)
-    assert times.plain_step_s(4, 10.0) == pytest.approx(0.5, rel=0.01)
-    np.testing.assert_allclose(times.verify_step_s(4, np.array([8, 9]), 10.0), [5.0, np.inf], rtol=0.01)
-    times.note_plain_step(1000.0, 4, 10.0)  # One wild step moves it by a fifth.
-    assert times.plain_step_s(4, 10.0) == pytest.approx(0.6, rel=0.02)
