@@ -71,7 +71,7 @@ class RayCluster:
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
         """See `Cluster`. Weights go to the object store once, every node fetches them once."""
         if self._draft_servers is not None:
-            if self._config.speculation.memory_tokens:
+            if self._config.speculation.memory_tokens and self._actors:
                 flushed = [actor.flush_drafts.remote() for actor in self._actors.values()]
                 ray.wait(flushed, num_returns=len(flushed), timeout=FLUSH_TIMEOUT_S)
             self._draft_servers.start_epoch(policy_version)
