@@ -7,8 +7,6 @@ from kernels_pallas.mla_attention.reference import mla_attention_reference
 from kernels_pallas.mla_attention.xla import mla_attention_xla
 
 IMPLEMENTATIONS = {"xla": mla_attention_xla, "reference": mla_attention_reference}
-MAX_TREE_NODES = 32
-"""Bits of a tree mask."""
 
 
 def mla_attention(

@@ -62,7 +62,7 @@ class StepBuckets:
     def __init__(self, config: EngineConfig, speculation: SpeculationConfig, verify_tile: int = 1) -> None:
         self.max_pages = pages_for_tokens(config.max_model_len, config.page_size)
         self.num_slots = num_slots = config.max_num_seqs
-        self.max_draft_tokens = 0 if speculation.mode == "off" else speculation.max_draft_tokens
+        self._verifies = speculation.mode != "off"
         self._is_deterministic = config.deterministic
         self._has_trees = speculation.mode == "grouped_tree"
         self._depth = speculation.max_draft_tokens
@@ -88,7 +88,7 @@ class StepBuckets:
 
     def verify_shapes(self, truncates: bool) -> list[StepShape]:
         """Those of `all_shapes` that verify drafts and do nothing else, smallest first."""
-        if self._is_deterministic or not self.max_draft_tokens:
+        if self._is_deterministic or not self._verifies:
             return []
         return [self._verify_shape(count, truncates) for count in self._verify]
 

@@ -48,7 +48,7 @@ class FixedBudget:
     def allocate(self, is_probe: np.ndarray, batch: DraftBatch, mean_context: float, room_tokens: int) -> np.ndarray:
         """See `DraftBudgetPolicy`."""
         num_requests = len(is_probe)
-        if self.tile * (-(-(1 + batch.num_nodes[:num_requests]) // self.tile)).sum() <= room_tokens:
+        if _whole_tiles(1 + batch.num_nodes[:num_requests], self.tile).sum() <= room_tokens:
             return batch.num_nodes[:num_requests].copy()
         rows, columns, _ = _nodes_best_first(batch, np.ones(num_requests, np.float32))
         most = np.searchsorted(_count_tokens(columns, num_requests, self.tile), room_tokens, side="right")
@@ -138,7 +138,7 @@ class PaperBudget:
         gamma_probe, gamma_other = self.split(gamma, num_probes, num_requests - num_probes)
         drafted = batch.num_nodes[:num_requests]
         num_nodes = np.minimum(np.where(is_probe, gamma_probe, gamma_other), drafted)
-        if self.tile * (-(-(1 + num_nodes) // self.tile)).sum() > room_tokens:
+        if _whole_tiles(1 + num_nodes, self.tile).sum() > room_tokens:
             num_nodes = np.minimum(gamma, drafted)  # The split opened more tiles than there is room for.
         return num_nodes.astype(np.int32)
 
@@ -149,7 +149,7 @@ class PaperBudget:
         num_emitted = np.cumsum(self.stats.alpha ** np.arange(len(gammas) + 1))
         times = np.empty(len(gammas) + 1)
         times[0] = self.times.plain_step_s(num_requests, mean_context)
-        num_tokens = num_requests * self.tile * -(-(1 + gammas) // self.tile)
+        num_tokens = num_requests * _whole_tiles(1 + gammas, self.tile)
         times[1:] = self.times.verify_step_s(num_requests, num_tokens, mean_context)
         return int((times / num_emitted).argmin())
 
@@ -194,6 +194,11 @@ def _nodes_best_first(batch: DraftBatch, weights: np.ndarray) -> tuple[np.ndarra
     scores = batch.scores[: len(weights)][is_node]
     order = np.argsort(-scores * weights[rows], kind="stable")
     return rows[order], columns[order], scores[order]
+
+
+def _whole_tiles(lengths: np.ndarray, tile: int) -> np.ndarray:
+    """Tokens that runs of these lengths compute."""
+    return tile * -(-lengths // tile)
 
 
 def _count_tokens(columns: np.ndarray, num_requests: int, tile: int) -> np.ndarray:
