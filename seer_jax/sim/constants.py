@@ -1,5 +1,6 @@
 """Numbers with their origin, and what they may be; the strict decoding of them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -22,7 +23,7 @@ class Constant:
         source: Where from, or how.
     """
 
-    value: float | tuple[float, ...]
+    value: int | float | tuple[int | float, ...]
     kind: Kind
     source: str
 
@@ -37,9 +38,9 @@ class Rule:
     is_list: bool = False
 
 
-COUNT = Rule(low=1, is_whole=True)
+COUNT = Rule(low=1.0, is_whole=True)
 POSITIVE = Rule(low=1e-12)
-SHARE = Rule(high=1)
+SHARE = Rule(high=1.0)
 CONSTANTS: Mapping[str, Mapping[str, Rule]] = {
     "cluster": {
         "num_instances": COUNT,
@@ -73,20 +74,20 @@ CONSTANTS: Mapping[str, Mapping[str, Rule]] = {
         "prefill_attention_ops_per_pair": POSITIVE,
     },
     "times": {
-        "memory_efficiency": Rule(low=1e-12, high=1),
-        "compute_efficiency": Rule(low=1e-12, high=1),
+        "memory_efficiency": Rule(low=1e-12, high=1.0),
+        "compute_efficiency": Rule(low=1e-12, high=1.0),
         "step_overhead_s": Rule(),
         "draft_overhead_s": Rule(),
         "draft_overhead_per_token_s": Rule(),
     },
     "speculation": {
         "acceptance_references": Rule(is_whole=True, is_list=True),
-        "acceptance_lengths": Rule(low=1, is_list=True),
+        "acceptance_lengths": Rule(low=1.0, is_list=True),
         "acceptance_scale": Rule(),
         "gamma_max": COUNT,
-        "priority_factor": Rule(low=1),
+        "priority_factor": Rule(low=1.0),
         "vanilla_gamma": COUNT,
-        "vanilla_acceptance_length": Rule(low=1),
+        "vanilla_acceptance_length": Rule(low=1.0),
         "vanilla_mean_drafted": Rule(),
         "vanilla_passes": Rule(is_whole=True),
         "vanilla_parameters": Rule(),
@@ -110,7 +111,7 @@ def read_constant(values: Any, rule: Rule, path: str, where: str) -> Constant:
     )
 
 
-def read_value(value: Any, rule: Rule, path: str, where: str) -> float | tuple[float, ...]:
+def read_value(value: Any, rule: Rule, path: str, where: str) -> int | float | tuple[int | float, ...]:
     """Read a number, or a list of them."""
     if rule.is_list:
         if not isinstance(value, list | tuple) or not value:
@@ -121,7 +122,7 @@ def read_value(value: Any, rule: Rule, path: str, where: str) -> float | tuple[f
         raise ConfigError(path, f"expected a number, got {value!r}{where}", "without quotes or units")
     if rule.is_whole and not number.is_integer():
         raise ConfigError(path, f"expected an integer, got {value!r}{where}", f"for example {round(number)}")
-    if not rule.low <= number <= rule.high:
+    if not (math.isfinite(number) and rule.low <= number <= rule.high):
         raise ConfigError(path, f"is {value!r}{where}", f"between {rule.low:g} and {rule.high:g}")
     return int(number) if rule.is_whole else number
 

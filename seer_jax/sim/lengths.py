@@ -49,14 +49,14 @@ class LengthSpec:
 
     def __post_init__(self) -> None:
         if self.limit < 2:
-            raise ConfigError("lengths.limit", f"is {self.limit}", "at least 2 tokens")
+            raise ConfigError("requests.limit", f"is {self.limit}", "at least 2 tokens")
         if not 1 < self.mean < self.limit:
             hint = f"above 1 and below the limit of {self.limit}, at which lengths are cut"
-            raise ConfigError("lengths.mean", f"is {self.mean}", hint)
+            raise ConfigError("requests.mean_length", f"is {self.mean}", hint)
         if not 0 < self.sigma <= MAX_SIGMA:
-            raise ConfigError("lengths.sigma", f"is {self.sigma}", f"above 0, at most {MAX_SIGMA:g}")
+            raise ConfigError("requests.sigma", f"is {self.sigma}", f"above 0, at most {MAX_SIGMA:g}")
         if not 0 <= self.correlation <= 1:
-            raise ConfigError("lengths.correlation", f"is {self.correlation}", "between 0 and 1")
+            raise ConfigError("requests.correlation", f"is {self.correlation}", "between 0 and 1")
 
 
 def sample_lengths(lengths: LengthSpec, num_groups: int, group_size: int, rng: np.random.Generator) -> np.ndarray:
@@ -108,12 +108,12 @@ def read_trace(file: str | Path) -> tuple[np.ndarray, ...] | np.ndarray:
     """
     path = Path(file).expanduser()
     if not path.is_file():
-        raise ConfigError("lengths.trace", f"no file {str(file)!r}", "give the path of a .npz or .jsonl file")
+        raise ConfigError("trace", f"no file {str(file)!r}", "give the path of a .npz or .jsonl file")
     if path.suffix == ".npz":
         return _read_arrays(path)
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return _read_lines(path)
-    raise ConfigError("lengths.trace", f"{path} is of no known kind", "a .npz, .jsonl or .jsonl.gz file")
+    raise ConfigError("trace", f"{path} is of no known kind", "a .npz, .jsonl or .jsonl.gz file")
 
 
 def _sample_trace(lengths: LengthSpec, num_groups: int, group_size: int, rng: np.random.Generator) -> np.ndarray:
@@ -136,7 +136,7 @@ def _sample_trace(lengths: LengthSpec, num_groups: int, group_size: int, rng: np
     smallest = min(len(group) for group in groups)
     if smallest < group_size:
         problem = f"{lengths.trace} has a group of {smallest}, {group_size} are to be drawn"
-        raise ConfigError("lengths.trace", problem, "record more, or make the groups smaller")
+        raise ConfigError("trace", problem, "record more, or make the groups smaller")
     rounds = -(-num_groups // len(groups))
     order = np.concatenate([rng.permutation(len(groups)) for _ in range(rounds)])[:num_groups]
     return factor * np.stack([rng.choice(groups[index], group_size, replace=False) for index in order])
@@ -148,21 +148,21 @@ def _read_arrays(path: Path) -> tuple[np.ndarray, ...]:
             arrays = {name: file[name] for name in ("lengths", "offsets", "group") if name in file.files}
             names = ", ".join(file.files)
     except (OSError, ValueError) as error:
-        raise ConfigError("lengths.trace", f"{path} cannot be read: {error}", "write it with numpy.savez") from error
+        raise ConfigError("trace", f"{path} cannot be read: {error}", "write it with numpy.savez") from error
     if "lengths" in arrays:
         lengths = arrays["lengths"]
         if lengths.ndim != 2 or lengths.dtype.kind not in "iu" or not lengths.size:
             problem = f"`lengths` of {path} is {lengths.dtype} {list(lengths.shape)}"
-            raise ConfigError("lengths.trace", problem, "integers [groups, size]")
+            raise ConfigError("trace", problem, "integers [groups, size]")
         groups = tuple(lengths.astype(np.int64))
     elif {"offsets", "group"} <= set(arrays):
         lengths, group = np.diff(arrays["offsets"]).astype(np.int64), arrays["group"]
         if group.shape != lengths.shape or not lengths.size:
             problem = f"`group` of {path} has {group.size} entries, `offsets` bounds {lengths.size} responses"
-            raise ConfigError("lengths.trace", problem, "one group per response")
+            raise ConfigError("trace", problem, "one group per response")
         groups = tuple(lengths[group == index] for index in np.unique(group))
     else:
-        raise ConfigError("lengths.trace", f"{path} holds {names or 'nothing'}", "needs an array `lengths`")
+        raise ConfigError("trace", f"{path} holds {names or 'nothing'}", "needs an array `lengths`")
     _check_positive(groups, path)
     return groups
 
@@ -176,11 +176,11 @@ def _read_lines(path: Path) -> tuple[np.ndarray, ...] | np.ndarray:
                 group, length = _read_line(line, f"line {number} of {path}")
                 groups.setdefault(group, []).append(length)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("lengths.trace", f"{path} cannot be read: {error}", "JSON, an object per line") from error
+        raise ConfigError("trace", f"{path} cannot be read: {error}", "JSON, an object per line") from error
     if not groups:
-        raise ConfigError("lengths.trace", f"{path} is empty", "one request per line")
+        raise ConfigError("trace", f"{path} is empty", "one request per line")
     if None in groups and len(groups) > 1:
-        raise ConfigError("lengths.trace", f"only some lines of {path} have a `group`", "all, or none")
+        raise ConfigError("trace", f"only some lines of {path} have a `group`", "all, or none")
     arrays = tuple(np.array(group, np.int64) for group in groups.values())
     _check_positive(arrays, path)
     return arrays[0] if None in groups else arrays
@@ -191,21 +191,21 @@ def _read_line(line: str, where: str) -> tuple[object, int]:
     try:
         values = json.loads(line)
     except ValueError as error:
-        raise ConfigError("lengths.trace", f"{where} is no JSON: {error}", "an object per line") from error
+        raise ConfigError("trace", f"{where} is no JSON: {error}", "an object per line") from error
     names = [name for name in ("length", "output_length") if isinstance(values, dict) and name in values]
     if not names or type(values[names[0]]) is not int:
         problem = f"`{names[0]}` of {where} is {values[names[0]]!r}" if names else f"{where} has no `length`"
-        raise ConfigError("lengths.trace", problem, "an integer `length`, or `output_length`")
+        raise ConfigError("trace", problem, "an integer `length`, or `output_length`")
     group = values.get("group")
     if group is not None and type(group) not in (int, str):
-        raise ConfigError("lengths.trace", f"`group` of {where} is {group!r}", "an integer or text")
+        raise ConfigError("trace", f"`group` of {where} is {group!r}", "an integer or text")
     return group, values[names[0]]
 
 
 def _check_positive(groups: Sequence[np.ndarray], path: Path) -> None:
     shortest = min(int(group.min()) for group in groups)
     if shortest < 1:
-        raise ConfigError("lengths.trace", f"{path} has a length of {shortest}", "at least 1 token")
+        raise ConfigError("trace", f"{path} has a length of {shortest}", "at least 1 token")
 
 
 def _clipped_mean(mu: float, sigma: float, limit: int) -> float:

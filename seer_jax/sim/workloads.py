@@ -171,7 +171,9 @@ class Workload:
         }
         return self.with_values(changes, note=f"scaled by {factor:g}") if factor != 1 else self
 
-    def with_values(self, values: Mapping[str, float | tuple[float, ...]], *, note: str = "overridden") -> "Workload":
+    def with_values(
+        self, values: Mapping[str, int | float | tuple[int | float, ...]], *, note: str = "overridden"
+    ) -> "Workload":
         """The same with other constants.
 
         Args:
