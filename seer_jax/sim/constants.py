@@ -19,7 +19,8 @@ class Constant:
     Attributes:
         value: The number, or a list of numbers.
         kind: `physical`: hardware, shape of the model, or a setting that the paper states. `measured`: a measurement,
-            the paper's or ours. `fitted`: chosen such that the figures of one experiment come out.
+            the paper's or ours. `fitted`: chosen, such that the figures of one experiment come out, or guessed where
+            the paper says nothing; the source tells which.
         source: Where from, or how.
     """
 

@@ -8,7 +8,6 @@ constant must be there, and nothing else.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, get_args
 
 from seer_jax.config.decode import read_number
@@ -190,7 +189,7 @@ class Workload:
             section, _, name = key.partition(".")
             checked = read_value(value, CONSTANTS[section][name], key, "")
             constants[key] = replace(constants[key], value=checked, source=f"{constants[key].source}; {note}")
-        return replace(self, constants=MappingProxyType(constants))
+        return replace(self, constants=constants)
 
     def _int(self, key: str) -> int:
         return int(self.constants[key].value)
@@ -225,7 +224,7 @@ def load_workload(name_or_path: str) -> Workload:
         chip=chip,
         vanilla=vanilla,
         trace=trace,
-        constants=MappingProxyType(constants),
+        constants=constants,
         paper=_read_paper(values["paper"], where),
     )
 
@@ -244,5 +243,5 @@ def _read_paper(values: Any, where: str) -> Mapping[str, Mapping[str, float]]:
             if number is None:
                 problem = f"expected a number, got {figures[name]!r}{where}"
                 raise ConfigError(f"paper.{experiment}.{name}", problem, "without quotes or units")
-        paper[experiment] = MappingProxyType(numbers)
-    return MappingProxyType(paper)
+        paper[experiment] = numbers
+    return paper

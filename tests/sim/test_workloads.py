@@ -1,5 +1,7 @@
 """The workloads that ship, and what is said about broken ones."""
 
+import pickle
+
 import numpy as np
 import pytest
 import yaml
@@ -185,3 +187,8 @@ def test_the_papers_figures_are_there():
     assert load_workload("moonlight").paper["breakdown"] == {"divided": 1.41, "context": 1.47, "full": 1.90}
     assert load_workload("qwen2_vl_72b").paper["length_context"]["oracle"] == 1.63
     assert load_workload("kimi_k2").paper["end_to_end"]["seer_16"] == 1.44
+
+
+def test_a_workload_travels_to_another_process():
+    workload = load_workload("kimi_k2").scaled(0.5)
+    assert pickle.loads(pickle.dumps(workload)) == workload
