@@ -77,6 +77,13 @@ def iterate_settings(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield field_path, value
 
 
+def read_number(value: Any) -> float | None:
+    """Read what YAML made of a number; None if it is none."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_text = isinstance(value, str) and _NUMBER_THAT_YAML_READS_AS_TEXT.fullmatch(value)
+    return float(value) if is_number or is_text else None
+
+
 def _decode_value(hint: Any, value: Any, old: Any, path: str, where: str) -> Any:
     """Check one value against the type of its field; an integer may stand for a float."""
     alternatives = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
@@ -87,10 +94,9 @@ def _decode_value(hint: Any, value: Any, old: Any, path: str, where: str) -> Any
             if isinstance(value, str) and value in get_args(alternative):
                 return value
         elif alternative is float:
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                return float(value)
-            if isinstance(value, str) and _NUMBER_THAT_YAML_READS_AS_TEXT.fullmatch(value):
-                return float(value)
+            number = read_number(value)
+            if number is not None:
+                return number
         elif alternative == tuple[int, ...]:
             if isinstance(value, list | tuple) and all(type(item) is int for item in value):
                 return tuple(value)

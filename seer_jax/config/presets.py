@@ -11,6 +11,8 @@ from seer_jax.config.suggest import did_you_mean
 from seer_jax.core.errors import ConfigError
 
 PRESET_PREFIX = "preset:"
+WORKLOADS = "sim"
+"""Directory of what is no run to configure but a workload to simulate (`seer_jax.sim.workloads`)."""
 
 
 def presets_root() -> Path:
@@ -20,17 +22,19 @@ def presets_root() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
-def list_presets() -> dict[str, Path]:
-    """Return the presets that ship with seer_jax as `kind/name`, with their files."""
+def list_presets(*, workloads: bool = False) -> dict[str, Path]:
+    """Return the presets that ship with seer_jax as `kind/name`, with their files: runs, or simulated workloads."""
     root = presets_root()
-    return {file.relative_to(root).with_suffix("").as_posix(): file for file in sorted(root.glob("*/*.yaml"))}
+    files = [file for file in sorted(root.glob("*/*.yaml")) if (file.parent.name == WORKLOADS) == workloads]
+    return {file.relative_to(root).with_suffix("").as_posix(): file for file in files}
 
 
-def find_preset(name: str) -> Path:
+def find_preset(name: str, *, workloads: bool = False) -> Path:
     """Find the file that `--config` or `base:` names.
 
     Args:
         name: `tiny_math`, `train/tiny_math`, or the path of a YAML file.
+        workloads: Look among the simulated workloads, not the runs.
 
     Returns:
         The file.
@@ -42,7 +46,7 @@ def find_preset(name: str) -> Path:
         if not Path(name).expanduser().is_file():
             raise ConfigError("config", f"no file {name!r}", "give the path of a YAML file, or a preset's name")
         return Path(name).expanduser()
-    presets = list_presets()
+    presets = list_presets(workloads=workloads)
     matches = [preset for preset in presets if name in (preset, preset.partition("/")[2])]
     if len(matches) > 1:
         raise ConfigError("config", f"{name!r} names several presets", f"one of {', '.join(matches)}")
@@ -70,7 +74,7 @@ def load_config(name: str) -> RunConfig:
         file = find_preset(next_name)
         if any(file.samefile(seen) for seen, _ in chain):
             raise ConfigError("base", f"{file} extends itself", "remove one `base:` of the circle")
-        values = _read_yaml(file)
+        values = read_yaml(file)
         next_name = values.pop("base", None)
         if next_name is not None and not isinstance(next_name, str):
             raise ConfigError("base", f"expected a preset's name, got {next_name!r} in {file}", "one preset only")
@@ -103,8 +107,12 @@ def resolve_preset_path(path: str) -> Path:
     return resolved
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    """Read a mapping; a key given twice is an error, which PyYAML would let pass."""
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Read a mapping; a key given twice is an error, which PyYAML would let pass.
+
+    Raises:
+        ConfigError: If the file is no YAML or no mapping.
+    """
     try:
         text = file.read_text(encoding="utf-8")
         _forbid_duplicate_keys(yaml.compose(text, Loader=yaml.SafeLoader), file)

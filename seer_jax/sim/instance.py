@@ -15,7 +15,7 @@ from seer_jax.core.errors import ConfigError
 from seer_jax.core.events import ChunkFinished
 from seer_jax.core.types import InstanceInfo, KVHandle, RequestChunk
 from seer_jax.sim.batch import InstanceTimes, Segment, SimChunk, SimCounters
-from seer_jax.sim.speculation import DraftingBatch, SpeculationModel, Verification
+from seer_jax.sim.drafting import DraftingBatch, SpeculationModel, Verification
 
 MAX_STEPS = 2048
 """Steps advanced at once with speculation on: siblings get on meanwhile, and acceptance with them."""
@@ -296,10 +296,9 @@ class SimInstance:
         rows[RATE, self._active] = np.maximum(rates + active[NOISE] * np.sqrt(variances / steps), 0.5)
 
     def _time(self, num_seqs: int, context: float) -> float:
-        if self._verification is None:
+        if self._verification is None or self._speculation is None:
             return self._times.plain_step_s(num_seqs, context)
-        num_tokens = round(self._verification.num_tokens)
-        return float(self._times.verify_step_s(num_seqs, num_tokens, context)) + self._verification.extra_s
+        return self._speculation.step_s(num_seqs, self._verification.num_tokens, context)
 
     def _step(self, steps: float) -> None:
         rows, counters = self._rows, self.counters

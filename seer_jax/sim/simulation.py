@@ -15,8 +15,8 @@ from seer_jax.core.events import ChunkFinished, GroupsSubmitted, InstanceJoined
 from seer_jax.core.scheduling.base import SchedulingPolicy
 from seer_jax.core.types import InstanceInfo, RequestChunk, RolloutGroup, SamplingParams
 from seer_jax.sim.batch import InstanceTimes, SimChunk, SimCounters
+from seer_jax.sim.drafting import SpeculationModel
 from seer_jax.sim.instance import SimInstance
-from seer_jax.sim.speculation import SpeculationModel
 from seer_jax.sim.workloads import Workload
 
 TAIL_SHARE = 0.1
@@ -148,12 +148,13 @@ class Simulation:
                 instance.plan()
                 if instance.next_event_s < math.inf:
                     heapq.heappush(events, (instance.next_event_s, number))
+            touched = set()
             now, number = heapq.heappop(events)
             instance = self._instances[number]
             if now != instance.next_event_s:
                 continue  # Planned again since.
             instance.advance(now)
-            touched = {number}
+            touched.add(number)
             pending.extend(instance.collect())
             while pending:
                 touched |= self._carry_out(driver.handle(pending.popleft()), now, pending)

@@ -25,7 +25,7 @@ def test_importing_the_package_imports_no_jax():
 def test_host_logic_configuration_and_observation_run_without_jax():
     modules = [
         ".".join(file.relative_to(ROOT).with_suffix("").parts)
-        for package in ("core", "config", "obs")
+        for package in ("core", "config", "obs", "sim")
         for file in sorted((ROOT / "seer_jax" / package).rglob("*.py"))
     ]
     script = f"""
