@@ -46,7 +46,8 @@ def test_instances_are_processes_in_natural_order_and_times_are_microseconds(tmp
 
 
 def test_a_row_is_used_again_as_soon_as_it_is_free(tmp_path: Path):
-    events = write(tmp_path / "t.json", [span("i", 0.0, 2.0), span("i", 1.0, 3.0), span("i", 2.0, 4.0), span("i", 3.5, 5.0)])
+    times = [(0.0, 2.0), (1.0, 3.0), (2.0, 4.0), (3.5, 5.0)]
+    events = write(tmp_path / "t.json", [span("i", *pair) for pair in times])
     assert [e["tid"] for e in events if e["ph"] == "X"] == [1, 2, 1, 2]
     assert [e["args"]["name"] for e in events if e["name"] == "thread_name"] == ["slot 0", "slot 1"]
 
