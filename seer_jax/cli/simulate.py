@@ -96,8 +96,8 @@ def main(argv: Sequence[str]) -> int:
             print_result(result)
     wall_s = time.perf_counter() - started
     if arguments.json:
-        report = reports[experiments[0]] if len(reports) == 1 else {"simulated": True, "experiments": reports}
-        print(to_json_line(report | {"out": str(directory), "wall_s": wall_s}))
+        several = {"simulated": True, "wall_s": wall_s, "experiments": reports}
+        print(to_json_line((several if len(reports) > 1 else reports[experiments[0]]) | {"out": str(directory)}))
     else:
         print(f"simulated in {wall_s:.1f} s, written to {directory}")
     return 0
