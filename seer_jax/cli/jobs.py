@@ -35,6 +35,7 @@ from seer_jax.obs.metrics import MetricsWriter, truncate_metrics
 from seer_jax.obs.progress import ProgressDisplay
 from seer_jax.obs.run_dir import METRICS_FILE, create_run_dir
 from seer_jax.obs.tables import print_summary
+from seer_jax.obs.trace import RolloutRecorder, write_trace
 from seer_jax.sharding import check_divisible
 from seer_jax.train.checks import check_task, stop_token_ids
 from seer_jax.train.learner import Learner
@@ -120,6 +121,7 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
     groups = make_groups(prompts, config.rollout.group_size, sampling, iteration=0)
     create_run_dir(options.run_dir, config, resume=False)
     runs: list[dict[str, Any]] = []
+    recorders: list[RolloutRecorder] = []
     with MetricsWriter(options.run_dir / METRICS_FILE) as metrics, ProgressDisplay(enabled=not options.json) as display:
         for mode, variants in groupby(enumerate(options.variants), key=lambda variant: variant[1][1]):
             speculation = replace(config.speculation, mode=mode)
@@ -128,10 +130,18 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
                 for index, (policy, _) in variants:
                     directory = options.run_dir / f"{index}-{policy}"
                     directory.mkdir()
-                    result = _roll_out_once(cluster, config, policy, groups, directory, display)
+                    watchers = [display.on_event]
+                    if options.trace is not None:
+                        prefix = f"{index} {policy}:{mode} " if len(options.variants) > 1 else ""
+                        recorders.append(RolloutRecorder(prefix))
+                        watchers.append(recorders[-1].on_event)
+                    result = _roll_out_once(cluster, config, policy, groups, directory, watchers)
                     lengths = describe_lengths(result.samples, config.sampling.max_tokens)
                     runs.append({"policy": policy, "speculation": mode, **asdict(result.stats), **lengths})
                     metrics.write({"kind": "rollout", **runs[-1]})
+    if options.trace is not None:
+        spans = [span for recorder in recorders for span in recorder.spans]
+        write_trace(options.trace, spans, [counter for recorder in recorders for counter in recorder.counters()])
     return runs
 
 
@@ -175,14 +185,15 @@ def _roll_out_once(
     policy: str,
     groups: Sequence[RolloutGroup],
     directory: Path,
-    display: ProgressDisplay,
+    watchers: Sequence[Callable[[float, Event, Sequence[Command]], None]],
 ) -> RolloutResult:
     """One timed rollout, its event log and its samples."""
     events: list[Event] = []
 
     def on_event(elapsed_s: float, event: Event, commands: Sequence[Command]) -> None:
         events.append(event)
-        display.on_event(elapsed_s, event, commands)
+        for watch in watchers:
+            watch(elapsed_s, event, commands)
 
     driver = RolloutDriver(make_policy(policy, config.rollout))
     result = RolloutRunner(cluster, driver, on_event=on_event).run(groups)

@@ -13,6 +13,7 @@ VERBS = {
     "rollout": "sample responses once and measure the scheduling",
     "bench": "measure the drafter on recorded responses: acceptance, latency, size",
     "profile": "time the steps of a configuration on this machine, for draft budgets",
+    "simulate": "repeat the paper's experiments at its scale, in simulation",
     "config": "list the presets, show one with all its settings",
     "doctor": "say what this machine and this installation can do",
 }
@@ -50,5 +51,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    verbs = "\n".join(f"  {name:<9}{text}" for name, text in VERBS.items())
+    verbs = "\n".join(f"  {name:<10}{text}" for name, text in VERBS.items())
     return f"usage: seer-jax <verb> [options]\n\n{verbs}\n\n`seer-jax <verb> --help` lists the options of a verb."

@@ -27,9 +27,11 @@ class RolloutOptions:
         run_dir: Where the run writes; not yet created.
         variants: What to run one after the other on the same prompts: values of `rollout.policy` and of
             `speculation.mode`.
+        trace: File for the Perfetto trace of all variants; None writes none.
         json: Whether stdout belongs to machines: no display, no tables.
     """
 
     run_dir: Path
     variants: tuple[tuple[str, str], ...]
+    trace: Path | None = None
     json: bool = False

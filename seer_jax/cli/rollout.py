@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 from seer_jax.cli.arguments import Settings, Switch, parse_job
@@ -15,6 +16,7 @@ from seer_jax.core.errors import ConfigError
 from seer_jax.obs.metrics import to_json_line
 from seer_jax.obs.run_dir import fill_run_dir
 from seer_jax.obs.tables import print_rollouts
+from seer_jax.obs.trace import check_trace_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class RolloutArguments:
     compare: str | None = None
     """Policies to run one after the other on the same prompts, such as `seer,group_round_robin`; each may name its
     speculation, such as `seer:off,seer:grouped`."""
+    trace: str | None = None
+    """File (.json or .json.gz) for a trace of which instance ran what when, for https://ui.perfetto.dev."""
     json: Switch = False
     """The last line of stdout is one JSON object; nothing else for humans is written there."""
     dry_run: Switch = False
@@ -54,6 +58,9 @@ def main(argv: Sequence[str]) -> int:
     if arguments.run.speculation.memory_tokens:
         problem = f"is {arguments.run.speculation.memory_tokens}, but a rollout has no earlier iteration"
         raise ConfigError("speculation.memory_tokens", problem, "leave it 0 here; it is for training")
+    trace = None if arguments.trace is None else Path(arguments.trace).expanduser()
+    if trace is not None:
+        check_trace_path(trace)
     if arguments.dry_run:
         print_dry_run(arguments.run, json=arguments.json)
         return 0
@@ -61,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
 
     from seer_jax.cli import jobs
 
-    runs = jobs.rollout(arguments.run, RolloutOptions(run_dir=run_dir, variants=variants, json=arguments.json))
+    options = RolloutOptions(run_dir=run_dir, variants=variants, trace=trace, json=arguments.json)
+    runs = jobs.rollout(arguments.run, options)
     if arguments.json:
         print(to_json_line({"runs": runs} if arguments.compare is not None else runs[0]))
     else:

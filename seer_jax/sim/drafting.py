@@ -140,7 +140,6 @@ class GroupedSpeculation:
         gamma_probe, gamma_other = self._budget.split(gamma, num_probes, num_others)
         gammas = np.where(batch.is_probe, gamma_probe, gamma_other)
         rates = (1 - alphas ** (gammas + 1)) / (1 - alphas)
-        fill = batch.num_seqs / len(alphas)
         num_tokens = round(batch.num_seqs / len(alphas) * float((1 + gammas).sum()))
         return Verification(rates, _variances(alphas, gammas), num_tokens)
 

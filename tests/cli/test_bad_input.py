@@ -38,6 +38,7 @@ BAD_INPUT = [
     (["rollout", "--speculation.profile", "no.json"], "speculation.profile: no file 'no.json'"),
     (["rollout", "--speculation.max-verify-tokens", "9"], "speculation.max_verify_tokens: is 9, below engine.max_num"),
     (["rollout", "--speculation.max-draft-tokens", "33"], "speculation.max_draft_tokens: is 33"),
+    (["rollout", "--trace", "trace.txt"], "trace: 'trace.txt' is no trace's name (end it in .json or .json.gz)"),
     (["profile", "--out", "no/such/file.json"], "out: 'no/such/file.json' cannot be written"),
     (["rollout", "--dry-run", "--data.task", "chain_sm"], "data.task: no task 'chain_sm'"),
     (["rollout", "--dry-run", "--model.path", "nothing"], "model.path: nothing/config.json does not exist"),

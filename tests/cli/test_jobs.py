@@ -30,7 +30,8 @@ def test_rollout_compares_policies_and_leaves_samples_and_a_log_that_replays(
 ) -> None:
     run_dir = tmp_path / "run"
     argv = ("rollout", "--compare", "seer,group_round_robin", "--run-dir", str(run_dir), "--engine.deterministic")
-    runs = run(capsys, *argv, *SMALL)["runs"]
+    trace = tmp_path / "trace.json"
+    runs = run(capsys, *argv, "--trace", str(trace), *SMALL)["runs"]
     assert [figures["policy"] for figures in runs] == ["seer", "group_round_robin"]
     expected = {
         "policy", "num_requests", "generated_tokens", "rollout_time_s", "tokens_per_s", "tail_time_s",
@@ -47,6 +48,11 @@ def test_rollout_compares_policies_and_leaves_samples_and_a_log_that_replays(
     lines = (run_dir / "0-seer" / "events.jsonl").read_text().splitlines()
     commands = list(replay(lines, RolloutDriver(make_policy("seer", settings))))
     assert type(commands[-1]).__name__ == "IterationDone"
+    shown = json.loads(trace.read_text())["traceEvents"]
+    assert [event["args"]["name"] for event in shown if event["name"] == "process_name"] == [
+        "0 seer:off instance 0", "1 group_round_robin:off instance 0",
+    ]  # fmt: skip
+    assert sum(event["ph"] == "X" for event in shown) == sum(figures["num_chunks"] for figures in runs)
 
 
 def test_rollout_compares_speculation_by_a_profile_and_says_the_same(
