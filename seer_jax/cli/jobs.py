@@ -23,7 +23,7 @@ from seer_jax.core.errors import ConfigError
 from seer_jax.core.eventlog import encode_event
 from seer_jax.core.events import Event
 from seer_jax.core.latency import MeasuredStepTimes
-from seer_jax.core.scheduling import make_policy
+from seer_jax.core.scheduling import make_estimator, make_policy
 from seer_jax.core.types import RolloutGroup, Sample
 from seer_jax.engine.cluster import Cluster
 from seer_jax.engine.factory import build_engine, build_local_cluster, enable_compilation_cache, needs_truncation
@@ -90,9 +90,7 @@ def train(config: RunConfig, options: TrainOptions) -> dict[str, Any]:
 
         run = TrainingRun(
             config,
-            runner=RolloutRunner(
-                cluster, RolloutDriver(make_policy(config.rollout.policy, config.rollout)), on_event=display.on_event
-            ),
+            runner=RolloutRunner(cluster, _make_driver(config.rollout.policy, config), on_event=display.on_event),
             learner=learner,
             task=task,
             run_dir=options.run_dir,
@@ -171,12 +169,17 @@ def profile(config: RunConfig) -> MeasuredStepTimes:
         os.sched_setaffinity(0, cores)
 
 
+def _make_driver(policy: str, config: RunConfig) -> RolloutDriver:
+    """A driver with the policy and, as the configuration says, its estimator."""
+    return RolloutDriver(make_policy(policy, config.rollout), make_estimator(policy, config.rollout))
+
+
 def _warm_up(cluster: Cluster, config: RunConfig, groups: Sequence[RolloutGroup]) -> None:
     """Roll out a few short groups per instance, untimed: the first messages and copies of a fresh cluster are slow."""
     sampling = groups[0].sampling
     short = replace(sampling, max_tokens=min(sampling.max_tokens, 2 * config.rollout.chunk_size))
     warmup = [replace(group, sampling=short) for group in groups[: 4 * config.rollout.instances]]
-    RolloutRunner(cluster, RolloutDriver(make_policy("seer", config.rollout))).run(warmup)
+    RolloutRunner(cluster, _make_driver("seer", config)).run(warmup)
 
 
 def _roll_out_once(
@@ -195,7 +198,7 @@ def _roll_out_once(
         for watch in watchers:
             watch(elapsed_s, event, commands)
 
-    driver = RolloutDriver(make_policy(policy, config.rollout))
+    driver = _make_driver(policy, config)
     result = RolloutRunner(cluster, driver, on_event=on_event).run(groups)
     with MetricsWriter(directory / EVENTS_FILE) as log:
         for event in events:

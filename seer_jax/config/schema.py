@@ -52,8 +52,9 @@ class SamplingConfig:
 class RolloutConfig:
     """Scheduling of one rollout over the instances."""
 
-    policy: Literal["seer", "group_round_robin"] = "seer"
-    """`seer`: divided rollout, probes, longest first. `group_round_robin`: veRL's whole groups, may be preempted."""
+    policy: Literal["seer", "divided", "group_round_robin"] = "seer"
+    """`seer`: divided rollout, probes, longest first. `divided`: chunks in order of submission. `group_round_robin`:
+    veRL's whole groups, may be preempted. (`oracle` and `streamrl_oracle` know true lengths: for simulation only.)"""
     runtime: Literal["ray", "local"] = "ray"
     """`ray`: one actor process per instance. `local`: all instances in this process, for debugging."""
     instances: int = 2
@@ -68,6 +69,18 @@ class RolloutConfig:
     """Every so many scheduling decisions one goes to the most underserved group; 0 = never."""
     prefetch_chunks: int = 8
     """Chunks that may queue at an instance, so that free slots and pages are refilled without asking the controller."""
+    length_estimator: Literal["group_max", "posterior"] = "group_max"
+    """What `seer` orders by. `group_max`: the longest finished sibling. `posterior`: a Bayesian estimate from finished
+    siblings, from how far the others have got and from the request's own progress; not in the paper."""
+    min_chunk_size: int = 0
+    """`seer` halves a chunk that can start nowhere, down to so many tokens, until it can; 0 = never. Not in the paper;
+    with `prefetch_chunks` chunks queue instead, so lower that too."""
+    backfill_depth: int = 0
+    """When the request chosen by `seer` can start nowhere, so many of those behind it may go first; 0 = it blocks them,
+    as in the paper. Needs `starvation_interval`, and few `prefetch_chunks`."""
+    tail_priority: bool = False
+    """Once nothing waits any more, `seer` gives the longest quarter of an instance's requests the high priority of
+    probes, which draft budgets favour; not in the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)

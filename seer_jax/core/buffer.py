@@ -5,6 +5,7 @@ Every pick costs O(log n), not a sort: an iteration has 10,000 requests and a de
 
 import heapq
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import TypeAlias
 
 from seer_jax.core.context import ContextManager
@@ -43,6 +44,17 @@ class RequestHeap:
             heapq.heappop(self._entries)
         return None
 
+    def peek_many(self, count: int) -> list[RolloutRequest]:
+        """Return the requests with the smallest keys in order, at most `count`, and leave them in; O(count log n)."""
+        entries: list[tuple[_Key, RolloutRequest]] = []
+        while len(entries) < count and (request := self.peek()) is not None:
+            entry = heapq.heappop(self._entries)
+            if not entries or entries[-1][1] is not request:  # Put, discarded and put again: it may be in twice.
+                entries.append(entry)
+        for entry in entries:
+            heapq.heappush(self._entries, entry)
+        return [request for _, request in entries]
+
 
 class RequestBuffer:
     """The unfinished requests of one iteration.
@@ -53,7 +65,7 @@ class RequestBuffer:
         num_taken: Requests taken so far, that is scheduling decisions of this iteration.
 
     Invariants: a request is in `waiting` or in `running`, never both; each of the other structures holds exactly the
-    waiting requests (`_probes` the probes, `_rest` the others, `_groups` all).
+    waiting requests, `_probes` the probes among them.
     """
 
     def __init__(self, context: ContextManager) -> None:
@@ -62,7 +74,8 @@ class RequestBuffer:
         self.running: dict[RequestId, RolloutRequest] = {}
         self.num_taken = 0
         self._probes = RequestHeap()
-        self._rest = RequestHeap()
+        self._longest = RequestHeap()
+        self._arrivals = RequestHeap()
         # Groups with waiting requests; the one that has gone longest without service comes first.
         self._groups: OrderedDict[int, dict[RequestId, RolloutRequest]] = OrderedDict()
 
@@ -73,19 +86,20 @@ class RequestBuffer:
         """Let a request wait: a new one, or one whose chunk ended or was lost."""
         request.state = RequestState.WAITING
         self.running.pop(request.request_id, None)
-        self.waiting[request.request_id] = request
-        self._groups.setdefault(request.request_id.group_id, {})[request.request_id] = request
-        if request.is_probe:
-            self._probes.put(request, (request.num_generated, request.arrival))
-        else:
-            self._put_rest(request)
+        siblings_change = self.context.observe(request)
+        self._insert(request)
+        if siblings_change:
+            self._reorder(request.request_id.group_id)
 
     def take(self, request: RolloutRequest) -> None:
         """Move a waiting request to the running ones; counts as service of its group."""
         request.state = RequestState.RUNNING
         self.running[request.request_id] = self.waiting.pop(request.request_id)
         self.num_taken += 1
-        (self._probes if request.is_probe else self._rest).discard(request)
+        self._longest.discard(request)
+        self._arrivals.discard(request)
+        if request.is_probe:
+            self._probes.discard(request)
         group_id = request.request_id.group_id
         del self._groups[group_id][request.request_id]
         if self._groups[group_id]:
@@ -97,10 +111,30 @@ class RequestBuffer:
         """Let a running request leave for good; its length re-orders its waiting siblings."""
         request.state = RequestState.FINISHED
         del self.running[request.request_id]
-        self.context.observe_finished(request)
-        for sibling in self._groups.get(request.request_id.group_id, {}).values():
-            if not sibling.is_probe:
-                self._put_rest(sibling)
+        if self.context.observe(request):
+            self._reorder(request.request_id.group_id)
+
+    def restore(
+        self,
+        waiting: Iterable[RolloutRequest],
+        running: Iterable[RolloutRequest],
+        service_order: Iterable[int],
+        num_taken: int,
+    ) -> None:
+        """Fill an empty buffer with another's content; its `context` must have the other's, too.
+
+        Args:
+            waiting: The other's waiting requests in its order.
+            running: Its running requests.
+            service_order: Its `service_order()`.
+            num_taken: Its `num_taken`.
+        """
+        for request in waiting:
+            self._insert(request)
+        for group_id in service_order:
+            self._groups.move_to_end(group_id)
+        self.running = {request.request_id: request for request in running}
+        self.num_taken = num_taken
 
     def oldest(self) -> RolloutRequest | None:
         """Return the request that has waited longest."""
@@ -110,13 +144,34 @@ class RequestBuffer:
         """Return the waiting probe with the fewest generated tokens (PICKSFS); the first to arrive of equals."""
         return self._probes.peek()
 
-    def longest_rest(self) -> RolloutRequest | None:
-        """Return the waiting request, probes aside, with the longest estimate (PICKLFS).
+    def longest(self) -> RolloutRequest | None:
+        """Return the waiting request, probe or not, with the longest estimate (PICKLFS).
 
         Of equals the one that has generated most: it is nearest to its end, which frees its KV and tells about the
         group, and fewer paused caches pile up in the pool. Then the first to arrive.
         """
-        return self._rest.peek()
+        return self._longest.peek()
+
+    def first_arrived(self) -> RolloutRequest | None:
+        """Return the waiting request that stood first when the iteration was submitted."""
+        return self._arrivals.peek()
+
+    def probes_then_longest(self, count: int) -> list[RolloutRequest]:
+        """Return the first requests of Seer's order: probes shortest first, then the others longest first.
+
+        Args:
+            count: How many at most; it costs O(count log n).
+        """
+        probes = self._probes.peek_many(count)
+        if len(probes) == count:
+            return probes
+        # All waiting probes are there, and they are among the longest, too.
+        others = [request for request in self._longest.peek_many(count) if not request.is_probe]
+        return [*probes, *others[: count - len(probes)]]
+
+    def longest_key(self, request: RolloutRequest) -> tuple[int, int, int]:
+        """Return what an unfinished request is ordered by in longest-first order; smaller comes first."""
+        return -self.context.estimate(request), -request.num_generated, request.arrival
 
     def most_underserved(self) -> RolloutRequest | None:
         """Return a request of the group that has had waiting requests and no service for longest.
@@ -127,14 +182,26 @@ class RequestBuffer:
             return min(members.values(), key=lambda r: (not r.is_probe, -r.num_generated, r.arrival))
         return None
 
+    def is_waiting(self, group_id: int) -> bool:
+        """Whether some request of a group waits."""
+        return group_id in self._groups
+
+    def waiting_members(self, group_id: int) -> list[RolloutRequest]:
+        """List the waiting requests of a group in order of submission."""
+        return sorted(self._groups.get(group_id, {}).values(), key=lambda request: request.arrival)
+
     def service_order(self) -> tuple[int, ...]:
         """Return the ids of the groups with waiting requests, the longest without service first."""
         return tuple(self._groups)
 
-    def set_service_order(self, group_ids: tuple[int, ...]) -> None:
-        """Bring the groups with waiting requests into an order that `service_order` gave."""
-        for group_id in group_ids:
-            self._groups.move_to_end(group_id)
+    def _insert(self, request: RolloutRequest) -> None:
+        self.waiting[request.request_id] = request
+        self._groups.setdefault(request.request_id.group_id, {})[request.request_id] = request
+        if request.is_probe:
+            self._probes.put(request, (request.num_generated, request.arrival))
+        self._longest.put(request, self.longest_key(request))
+        self._arrivals.put(request, (request.arrival,))
 
-    def _put_rest(self, request: RolloutRequest) -> None:
-        self._rest.put(request, (-self.context.estimate(request), -request.num_generated, request.arrival))
+    def _reorder(self, group_id: int) -> None:
+        for request in self._groups.get(group_id, {}).values():
+            self._longest.put(request, self.longest_key(request))

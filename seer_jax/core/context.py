@@ -1,23 +1,123 @@
-"""What finished requests tell about their siblings: the context manager of Seer (Algorithm 2)."""
+"""What is known about the lengths of a group: the context manager of Seer (Algorithm 2).
+
+Estimators hold settings only. What they learn is in `LengthContext`: plain data of one iteration, copied by snapshots.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol, runtime_checkable
 
-from seer_jax.core.request import RolloutRequest
+from seer_jax.core.request import RequestState, RolloutRequest
 from seer_jax.core.types import RequestId
+
+
+@dataclass(kw_only=True, slots=True)
+class GroupContext:
+    """What one group has told so far; all but the first attribute are kept by estimators that ask for more.
+
+    Logs are of length over limit, natural.
+
+    Attributes:
+        longest_finished: L_g, generated tokens of the longest finished request; None if none has finished.
+        num_finished: Finished requests.
+        mean_finished_log: Mean of their logs.
+        progress_logs: By index, of the unfinished requests that have generated something.
+        mean_log: Estimate of the mean of the group's logs; None until it is first made.
+        sd_log: Spread of the requests around it that was assumed then.
+        num_known: Finished requests of the iteration then.
+    """
+
+    longest_finished: int | None = None
+    num_finished: int = 0
+    mean_finished_log: float = 0.0
+    progress_logs: dict[int, float] = field(default_factory=dict)
+    mean_log: float | None = None
+    sd_log: float = 0.0
+    num_known: int = 0
+
+    def copy(self) -> "GroupContext":
+        """Copy all."""
+        return replace(self, progress_logs=dict(self.progress_logs))
+
+
+@dataclass(kw_only=True, slots=True)
+class LengthMoments:
+    """Running moments of the logs of the iteration's finished requests.
+
+    Attributes:
+        num_finished: How many.
+        mean: Their mean.
+        squares: Sum of squared deviations from it.
+        squares_within: Sum of squared deviations from the means of their groups.
+        num_within: Degrees of freedom of that sum: finished requests beyond the first of each group.
+    """
+
+    num_finished: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    squares_within: float = 0.0
+    num_within: int = 0
+
+    def add(self, log: float, group: GroupContext) -> None:
+        """Add a finished request to these moments and to those of its group."""
+        self.num_finished += 1
+        deviation = log - self.mean
+        self.mean += deviation / self.num_finished
+        self.squares += deviation * (log - self.mean)
+        group.num_finished += 1
+        deviation = log - group.mean_finished_log
+        group.mean_finished_log += deviation / group.num_finished
+        self.squares_within += deviation * (log - group.mean_finished_log)
+        self.num_within += group.num_finished > 1
+
+
+@dataclass(kw_only=True, slots=True)
+class LengthContext:
+    """Everything that was learnt about lengths in one iteration.
+
+    Attributes:
+        groups: Context of every group, by id.
+        moments: Of all finished requests.
+    """
+
+    groups: dict[int, GroupContext] = field(default_factory=dict)
+    moments: LengthMoments = field(default_factory=LengthMoments)
+
+    def copy(self) -> "LengthContext":
+        """Copy all."""
+        groups = {group_id: group.copy() for group_id, group in self.groups.items()}
+        return LengthContext(groups=groups, moments=replace(self.moments))
 
 
 @runtime_checkable
 class LengthEstimator(Protocol):
-    """Guesses how many tokens a request will have generated in the end."""
+    """Guesses how many tokens a request will have generated in the end. Holds settings only.
 
-    def estimate(self, request: RolloutRequest, longest_finished: int | None) -> int:
-        """Estimate a request's final length.
+    Attributes:
+        option: Name under which its effect is counted (`Decision.fired`); None for an estimate that is no option.
+    """
+
+    option: ClassVar[str | None]
+
+    def observe(self, request: RolloutRequest, group: GroupContext, moments: LengthMoments) -> bool:
+        """Take note of a request that came (back) to the buffer or, as its `state` says, finished.
+
+        Args:
+            request: The request.
+            group: Context of its group; `longest_finished` is up to date, the rest is the estimator's to keep.
+            moments: Of the iteration; the estimator's to keep.
+
+        Returns:
+            Whether estimates of the group's unfinished requests may have changed.
+        """
+        ...
+
+    def estimate(self, request: RolloutRequest, group: GroupContext) -> int:
+        """Estimate a request's final length; depends on nothing but the arguments.
 
         Args:
             request: An unfinished request.
-            longest_finished: Generated tokens of the longest finished request of its group; None if none has finished.
+            group: Context of its group.
 
         Returns:
             Generated tokens at the end.
@@ -33,10 +133,16 @@ class GroupMaxEstimator:
     longest requests behind in the order.
     """
 
-    def estimate(self, request: RolloutRequest, longest_finished: int | None) -> int:
+    option: ClassVar[str | None] = None
+
+    def observe(self, request: RolloutRequest, group: GroupContext, moments: LengthMoments) -> bool:
+        """Only a finished request changes L_g."""
+        return request.state is RequestState.FINISHED
+
+    def estimate(self, request: RolloutRequest, group: GroupContext) -> int:
         """Take the larger of L_g and the request's own progress."""
-        limit = request.group.sampling.max_tokens
-        return max(limit if longest_finished is None else longest_finished, request.num_generated)
+        longest = group.longest_finished
+        return max(request.group.sampling.max_tokens if longest is None else longest, request.num_generated)
 
 
 @dataclass(frozen=True)
@@ -49,9 +155,18 @@ class OracleEstimator:
 
     true_lengths: Mapping[RequestId, int]
 
-    def estimate(self, request: RolloutRequest, longest_finished: int | None) -> int:
+    option: ClassVar[str | None] = None
+
+    def observe(self, request: RolloutRequest, group: GroupContext, moments: LengthMoments) -> bool:
+        """Learn nothing."""
+        return False
+
+    def estimate(self, request: RolloutRequest, group: GroupContext) -> int:
         """Look the true length up."""
         return self.true_lengths[request.request_id]
+
+
+_GROUP_MAX = GroupMaxEstimator()
 
 
 @dataclass(kw_only=True)
@@ -60,17 +175,33 @@ class ContextManager:
 
     Attributes:
         estimator: Turns the context into an estimate per request.
-        longest_finished: L_g of every group with a finished request.
+        lengths: The context.
     """
 
     estimator: LengthEstimator
-    longest_finished: dict[int, int] = field(default_factory=dict)
+    lengths: LengthContext = field(default_factory=LengthContext)
 
-    def observe_finished(self, request: RolloutRequest) -> None:
-        """Update L_g of the request's group; estimates of its siblings may change."""
-        group_id = request.request_id.group_id
-        self.longest_finished[group_id] = max(self.longest_finished.get(group_id, 0), request.num_generated)
+    def observe(self, request: RolloutRequest) -> bool:
+        """Take note of a request that came (back) to the buffer or finished.
+
+        Returns:
+            Whether estimates of its unfinished siblings may have changed.
+        """
+        group = self._group(request)
+        if request.state is RequestState.FINISHED:
+            group.longest_finished = max(group.longest_finished or 0, request.num_generated)
+        return self.estimator.observe(request, group, self.lengths.moments)
 
     def estimate(self, request: RolloutRequest) -> int:
         """Estimate the final number of generated tokens of an unfinished request."""
-        return self.estimator.estimate(request, self.longest_finished.get(request.request_id.group_id))
+        return self.estimator.estimate(request, self._group(request))
+
+    def fired(self, request: RolloutRequest) -> tuple[str, ...]:
+        """Name the estimator if it is an option and its estimate of the request differs from the paper's."""
+        option = self.estimator.option
+        if option is None or self.estimate(request) == _GROUP_MAX.estimate(request, self._group(request)):
+            return ()
+        return (option,)
+
+    def _group(self, request: RolloutRequest) -> GroupContext:
+        return self.lengths.groups.setdefault(request.request_id.group_id, GroupContext())

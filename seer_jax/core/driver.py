@@ -4,6 +4,8 @@ It is pure and deterministic: no clock, no randomness, no threads. The same even
 run replays (`seer_jax.core.eventlog`) and a crashed controller resumes (`snapshot`, `restore`).
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import assert_never
@@ -11,7 +13,7 @@ from typing import assert_never
 from seer_jax.core.buffer import RequestBuffer
 from seer_jax.core.checks import check_chunk_result, check_groups
 from seer_jax.core.commands import Command, EmitSample, IterationDone, StartChunk
-from seer_jax.core.context import ContextManager, GroupMaxEstimator, LengthEstimator
+from seer_jax.core.context import ContextManager, GroupMaxEstimator, LengthContext, LengthEstimator
 from seer_jax.core.errors import InstanceLostError, ProtocolError
 from seer_jax.core.events import ChunkFinished, Event, GroupsSubmitted, InstanceJoined, InstanceLost, InstanceReport
 from seer_jax.core.placement import InstanceLoad
@@ -30,10 +32,11 @@ class DriverSnapshot:
         running: Requests with a chunk at an instance.
         service_order: Groups with waiting requests, the longest without service first.
         num_decisions: Scheduling decisions of the iteration so far.
-        longest_finished: Longest finished length of each group that has one.
+        lengths: What was learnt about lengths.
         loads: Live instances and what is in flight there.
         lost_instance_ids: Instances that are gone.
         reports: Latest telemetry by instance.
+        firings: How often each option changed a decision of the iteration.
     """
 
     policy_version: int | None
@@ -41,10 +44,11 @@ class DriverSnapshot:
     running: tuple[RolloutRequest, ...]
     service_order: tuple[int, ...]
     num_decisions: int
-    longest_finished: dict[int, int]
+    lengths: LengthContext
     loads: tuple[InstanceLoad, ...]
     lost_instance_ids: frozenset[int]
     reports: dict[int, InstanceStatus]
+    firings: dict[str, int]
 
 
 class RolloutDriver:
@@ -65,6 +69,7 @@ class RolloutDriver:
         self._policy_version: int | None = None
         self._loads: dict[int, InstanceLoad] = {}
         self._lost_instance_ids: set[int] = set()
+        self._firings: Counter[str] = Counter()
         self.buffer = RequestBuffer(ContextManager(estimator=self._estimator))
         self.reports: dict[int, InstanceStatus] = {}
 
@@ -72,6 +77,11 @@ class RolloutDriver:
     def loads(self) -> MappingProxyType[int, InstanceLoad]:
         """What is in flight at the live instances, for displays."""
         return MappingProxyType(self._loads)
+
+    @property
+    def firings(self) -> Mapping[str, int]:
+        """How often each option changed a decision of the current or last iteration; 0 for one that never did."""
+        return MappingProxyType(self._firings)
 
     def handle(self, event: Event) -> list[Command]:
         """Take note of what happened and say what to do about it.
@@ -111,10 +121,11 @@ class RolloutDriver:
             running=tuple(request.copy() for request in self.buffer.running.values()),
             service_order=self.buffer.service_order(),
             num_decisions=self.buffer.num_taken,
-            longest_finished=dict(self.buffer.context.longest_finished),
+            lengths=self.buffer.context.lengths.copy(),
             loads=tuple(load.copy() for load in self._loads.values()),
             lost_instance_ids=frozenset(self._lost_instance_ids),
             reports=dict(self.reports),
+            firings=dict(self._firings),
         )
 
     def restore(self, snapshot: DriverSnapshot) -> None:
@@ -123,17 +134,18 @@ class RolloutDriver:
         Chunks that were in flight still count as such: the caller lets them finish or reports their instance lost.
         Policy and estimator are the ones that this driver was made with.
         """
-        context = ContextManager(estimator=self._estimator, longest_finished=dict(snapshot.longest_finished))
-        self.buffer = RequestBuffer(context)
-        for request in snapshot.waiting:
-            self.buffer.put(request.copy())
-        self.buffer.set_service_order(snapshot.service_order)
-        self.buffer.running = {request.request_id: request.copy() for request in snapshot.running}
-        self.buffer.num_taken = snapshot.num_decisions
+        self.buffer = RequestBuffer(ContextManager(estimator=self._estimator, lengths=snapshot.lengths.copy()))
+        self.buffer.restore(
+            waiting=[request.copy() for request in snapshot.waiting],
+            running=[request.copy() for request in snapshot.running],
+            service_order=snapshot.service_order,
+            num_taken=snapshot.num_decisions,
+        )
         self._policy_version = snapshot.policy_version
         self._loads = {load.info.instance_id: load.copy() for load in snapshot.loads}
         self._lost_instance_ids = set(snapshot.lost_instance_ids)
         self.reports = dict(snapshot.reports)
+        self._firings = Counter(snapshot.firings)
 
     def _join(self, event: InstanceJoined) -> list[Command]:
         instance_id = event.info.instance_id
@@ -173,6 +185,7 @@ class RolloutDriver:
             raise ProtocolError(f"policy version {event.policy_version} after {self._policy_version}")
         check_groups(event.groups, list(self._loads.values()))
         self._policy_version = event.policy_version
+        self._firings.clear()
         self.buffer = RequestBuffer(ContextManager(estimator=self._estimator))
         for request in split_groups(event.groups):
             self.buffer.put(request)
@@ -212,6 +225,8 @@ class RolloutDriver:
     def _schedule(self) -> list[Command]:
         commands: list[Command] = []
         while (decision := self._policy.decide(self.buffer, self._loads)) is not None:
+            if decision.fired:
+                self._firings.update(decision.fired)
             commands.append(self._start(decision))
         return commands
 

@@ -1,7 +1,7 @@
 """Where a chunk runs. The driver's own reservations are the telemetry: exact, immediate and the same on replay."""
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from seer_jax.core.kv.page_pool import pages_for_tokens
@@ -31,6 +31,11 @@ class InstanceLoad:
     def max_request_tokens(self) -> int:
         """Longest prompt plus response that the instance can finish when it is otherwise empty."""
         return min(self.info.max_model_len, self.info.num_total_pages * self.info.page_size)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all slots are taken by running chunks."""
+        return len(self.in_flight) - len(self.queued) >= self.info.max_num_seqs
 
     def can_start(self, num_pages: int) -> bool:
         """Whether a chunk that reserves so many pages would start at once."""
@@ -64,8 +69,12 @@ class InstanceLoad:
         return replace(self, in_flight=dict(self.in_flight), queued=list(self.queued))
 
     def _has_room(self, num_pages: int) -> bool:
-        num_running = len(self.in_flight) - len(self.queued)
-        return num_running < self.info.max_num_seqs and self.num_reserved_pages + num_pages <= self.info.num_total_pages
+        return not self.is_full and self.num_reserved_pages + num_pages <= self.info.num_total_pages
+
+
+def open_loads(loads: Mapping[int, InstanceLoad], prefetch_chunks: int) -> list[InstanceLoad]:
+    """List the instances where some chunk could start or queue: few of them when slots or queues are taken."""
+    return [load for load in loads.values() if len(load.queued) < prefetch_chunks or not (load.queued or load.is_full)]
 
 
 def choose_instance(
@@ -78,7 +87,7 @@ def choose_instance(
     chunks, the smaller id.
 
     Args:
-        loads: The live instances.
+        loads: The live instances, or those of them that are open.
         num_tokens: Tokens of the request when the chunk ends, prompt included.
         last_instance_id: Where the request's previous chunk was; None if there was none.
         prefetch_chunks: Chunks that may queue at an instance.
@@ -86,17 +95,19 @@ def choose_instance(
     Returns:
         The instance, or None if the chunk can neither start nor queue anywhere now.
     """
-    best, best_key = None, None
-    for load in loads:
-        info, num_pages = load.info, pages_for_tokens(num_tokens, load.info.page_size)
+    best, best_key, page_size, num_pages = None, None, 0, 0
+    for load in loads:  # Runs for every instance at every decision, hence no calls for what most of them fail.
+        info, num_queued = load.info, len(load.queued)
+        if info.page_size != page_size:
+            page_size, num_pages = info.page_size, pages_for_tokens(num_tokens, info.page_size)
+        waits = num_queued > 0 or num_pages > info.num_total_pages - load.num_reserved_pages or load.is_full
+        if waits and num_queued >= prefetch_chunks:
+            continue
         if num_tokens > info.max_model_len or num_pages > info.num_total_pages:
             continue
-        starts = load.can_start(num_pages)
-        if not starts and len(load.queued) >= prefetch_chunks:
-            continue
         key = (
-            not starts,
-            len(load.queued),
+            waits,
+            num_queued,
             info.instance_id != last_instance_id,
             load.num_reserved_pages / info.num_total_pages,
             len(load.in_flight),

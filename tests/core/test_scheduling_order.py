@@ -260,5 +260,7 @@ def test_settings_reach_the_policy():
 
 
 def test_unknown_policy_is_refused_with_the_names_there_are():
-    with pytest.raises(ConfigError, match=r"rollout\.policy: no policy 'serr' \(one of seer, group_round_robin\)"):
+    with pytest.raises(
+        ConfigError, match=r"rollout\.policy: no policy 'serr' \(one of seer, divided, group_round_robin\)"
+    ):
         make_policy("serr", RolloutConfig())
