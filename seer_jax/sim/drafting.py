@@ -101,6 +101,8 @@ class GroupedSpeculation:
         """
         self.progress = progress
         self._alphas = np.array([spec.acceptance_probability(n) for n in range(spec.acceptance_references[-1] + 1)])
+        self._numbers = np.arange(len(self._alphas))
+        self._moments = emitted_moments(self._alphas, spec.gamma_max)
         self._times = times
         self._gamma_max = spec.gamma_max
         self._stats = ModelledAcceptance(spec.gamma_max)
@@ -112,36 +114,38 @@ class GroupedSpeculation:
             benefit="expected_gain",
         )
 
-    def acceptance(self, batch: DraftingBatch) -> np.ndarray:
-        """Probability that a draft token is right, by what the group has said: float64 [n].
+    def references(self, batch: DraftingBatch) -> np.ndarray:
+        """Siblings that each request can draft from: float64 [n].
 
-        A sibling that is as far as the request, or finished beyond it, is a whole reference; one that is half as far
-        helps half as often, since where a request is now, siblings that are behind have nothing to say yet.
+        A sibling that is as far as the request, or finished beyond it, is a whole one; one that is half as far counts
+        half, since where a request is now, siblings that are behind have nothing to say yet.
         """
-        siblings = self.progress[batch.groups]
-        own = np.maximum(batch.generated, 1.0)[:, None]
-        references = np.maximum(np.minimum(siblings / own, 1.0).sum(axis=1) - np.minimum(batch.generated, 1.0), 0.0)
-        return np.interp(references, np.arange(len(self._alphas)), self._alphas)
+        own = np.maximum(batch.generated, 1.0)
+        shares = np.minimum(self.progress[batch.groups], own[:, None]).sum(axis=1) / own
+        return np.clip(shares - np.minimum(batch.generated, 1.0), 0.0, len(self._alphas) - 1)
 
     def plan(self, batch: DraftingBatch) -> Verification | None:
         """See `SpeculationModel`."""
-        alphas = self.acceptance(batch)
+        references, is_probe = self.references(batch), batch.is_probe
+        alphas = np.interp(references, self._numbers, self._alphas)
         self._stats.mean = float(alphas.mean())
-        num_probes = int(batch.is_probe.sum())
+        num_probes = int(is_probe.sum())
         num_others = len(alphas) - num_probes
         self._stats.by_class = (
-            float(alphas[~batch.is_probe].mean()) if num_others else self._stats.mean,
-            float(alphas[batch.is_probe].mean()) if num_probes else self._stats.mean,
+            float(alphas[~is_probe].mean()) if num_others else self._stats.mean,
+            float(alphas[is_probe].mean()) if num_probes else self._stats.mean,
         )
         room = batch.num_seqs * (1 + self._gamma_max)
         gamma = self._budget.best_gamma(batch.num_seqs, batch.mean_context, room)
         if not gamma:
             return None
         gamma_probe, gamma_other = self._budget.split(gamma, num_probes, num_others)
-        gammas = np.where(batch.is_probe, gamma_probe, gamma_other)
-        rates = (1 - alphas ** (gammas + 1)) / (1 - alphas)
-        num_tokens = round(batch.num_seqs / len(alphas) * float((1 + gammas).sum()))
-        return Verification(rates, _variances(alphas, gammas), num_tokens)
+        rates, variances = (np.interp(references, self._numbers, table[gamma_other]) for table in self._moments)
+        if num_probes:
+            of_probes = (np.interp(references, self._numbers, table[gamma_probe]) for table in self._moments)
+            rates, variances = (np.where(is_probe, *pair) for pair in zip(of_probes, (rates, variances), strict=True))
+        num_tokens = len(alphas) + num_probes * gamma_probe + num_others * gamma_other
+        return Verification(rates, variances, round(batch.num_seqs / len(alphas) * num_tokens))
 
     def step_s(self, num_seqs: int, num_tokens: int, mean_context: float) -> float:
         """See `SpeculationModel`."""
@@ -165,9 +169,10 @@ class VanillaSpeculation:
         shape = len(batch.generated)
         longest = max(1, math.ceil(self.spec.mean_drafted))
         alpha = probability_of(self.spec.acceptance_length, longest)
+        variance = emitted_moments(np.array([alpha]), longest)[1][longest, 0]
         return Verification(
             np.full(shape, self.spec.acceptance_length),
-            _variances(np.full(shape, alpha), np.full(shape, longest)),
+            np.full(shape, variance),
             round(batch.num_seqs * (1 + self.spec.mean_drafted)),
         )
 
@@ -176,10 +181,19 @@ class VanillaSpeculation:
         return float(self.spec.step_s(self.times, num_seqs, mean_context))
 
 
-def _variances(alphas: np.ndarray, gammas: np.ndarray) -> np.ndarray:
-    """Variance of the tokens of a step: 1 + the number of leading successes among gamma trials."""
-    powers = alphas[:, None] ** np.arange(1, 1 + max(1, int(gammas.max(initial=0))))
-    powers *= np.arange(powers.shape[1]) < gammas[:, None]
-    mean = powers.sum(axis=1)
-    second = (powers * (2 * np.arange(1, powers.shape[1] + 1) - 1)).sum(axis=1)
-    return np.maximum(second - mean**2, 0.0)
+def emitted_moments(alphas: np.ndarray, gamma_max: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of the tokens that one verification emits: float64 [gamma_max + 1, n] each.
+
+    It emits 1 + X tokens, X the leading successes among gamma trials: E X is the sum of alpha**k over k = 1 .. gamma,
+    E X^2 that of (2 k - 1) alpha**k.
+
+    Args:
+        alphas: float64 [n]; probability of each trial.
+        gamma_max: Trials at most.
+    """
+    depths = np.arange(1, gamma_max + 1)[:, None]
+    powers = alphas**depths
+    none = np.zeros((1, len(alphas)))
+    means = np.concatenate((none, powers.cumsum(axis=0)))
+    squares = np.concatenate((none, ((2 * depths - 1) * powers).cumsum(axis=0)))
+    return 1 + means, np.maximum(squares - means**2, 0.0)

@@ -19,14 +19,17 @@ from seer_jax.sim.drafting import DraftingBatch, SpeculationModel, Verification
 
 MAX_STEPS = 2048
 """Steps advanced at once with speculation on: siblings get on meanwhile, and acceptance with them."""
+FRESH_STEPS, FRESH_SHARE = 64, 0.1
+"""For so many steps, and changes of the batch up to such a share, drafts are not chosen anew: chunks have thousands."""
 SPARE_SHARE = 0.01
 """Pages that growing chunks leave free at admission, as in `core.batching`."""
 EPSILON = 1e-6
 """Tokens; less than that is left of a chunk: it is at its end."""
 
-CONTEXT, LEFT, RATE, NOISE, RANK, RESERVED, READY, GROUP, INDEX, PROBE = range(10)
+CONTEXT, LEFT, RATE, NOISE, RANK, RESERVED, READY, GROUP, INDEX, PROBE, PROMPT = range(NUM_COLUMNS := 11)
 """Columns of the running requests: tokens known, tokens left of the chunk, tokens a step, luck of the chunk (a factor
-of the rate), data-parallel rank, tokens reserved (0: grows), time from which it decodes, group, index, class."""
+of the rate), data-parallel rank, tokens reserved (0: grows), time from which it decodes, group, index, class, tokens
+of the prompt. A rate of 0: not known yet."""
 
 
 class SimInstance:
@@ -84,7 +87,7 @@ class SimInstance:
         self._rank_tokens = info.num_total_pages // num_ranks * info.page_size
         self._transfer = kv_bytes_per_token / transfer_bytes_per_s, transfer_latency_s
         self._on_change, self._on_end = on_change, on_end
-        self._rows = np.zeros((10, 0))
+        self._rows = np.zeros((NUM_COLUMNS, 0))
         self._running: list[SimChunk] = []
         self._waiting: list[SimChunk] = []
         self._num_arrived = 0
@@ -93,6 +96,7 @@ class SimInstance:
         self._segment = Segment()
         self._ends_segment = False
         self._verification: Verification | None = None
+        self._planned = (-math.inf, 0, 1.0)  # Steps so far, requests and tokens a request when drafts were chosen.
         if self._rank_tokens < info.max_model_len:
             raise ConfigError(
                 "kv_bytes_per_rank",
@@ -190,7 +194,18 @@ class SimInstance:
             item.num_to_prefill = 0
         luck = float(self._rng.standard_normal()) if self._rng is not None else 0.0
         is_probe = float(item.chunk.priority == 0)
-        row = (item.context, left, 1.0, luck, rank, reserved, item.ready_s, *request_id, is_probe)
+        row = (
+            item.context,
+            left,
+            1.0,
+            luck,
+            rank,
+            reserved,
+            item.ready_s,
+            *request_id,
+            is_probe,
+            item.chunk.num_prompt_tokens,
+        )
         self._rows = np.column_stack((self._rows, row))
         self._running.append(item)
 
@@ -226,17 +241,18 @@ class SimInstance:
         if self._on_end is not None:
             self._on_end(self.info.instance_id, item, self.now)
         item.started_s = -1.0
-        self._drop(np.arange(len(self._running)) == row)
+        self._drop(np.array([row]))
         bisect.insort(self._waiting, item, key=lambda item: item.order)
 
-    def _drop(self, gone: np.ndarray) -> None:
-        self._rows = self._rows[:, ~gone]
-        self._running = [item for item, is_gone in zip(self._running, gone, strict=True) if not is_gone]
+    def _drop(self, rows: np.ndarray) -> None:
+        self._rows = np.delete(self._rows, rows, axis=1)
+        for row in rows[::-1]:
+            del self._running[row]
 
     def _plan_segment(self) -> None:
         rows = self._rows
         self._active = rows[READY] <= self.now
-        self._segment, self._verification, self._ends_segment = Segment(), None, False
+        self._segment, self._ends_segment = Segment(), False
         pending = rows[READY][~self._active]
         self.next_event_s = float(pending.min()) if len(pending) else math.inf
         if not self._active.any():
@@ -272,28 +288,38 @@ class SimInstance:
         return num_seqs, float(np.bincount(ranks, contexts).max()) * self._num_ranks / num_seqs
 
     def _plan_rates(self, num_seqs: int, context: float) -> None:
+        """Choose drafts, or keep those of a few steps ago: a new request then goes as fast as the mean of the others."""
         rows = self._rows
-        if self._speculation is not None:
-            active = rows[:, self._active]
-            generated = active[CONTEXT] - np.array(
-                [item.chunk.num_prompt_tokens for item, is_on in zip(self._running, self._active, strict=True) if is_on]
-            )
-            batch = DraftingBatch(
-                groups=active[GROUP].astype(np.int64),
-                indices=active[INDEX].astype(np.int64),
-                generated=generated,
-                is_probe=active[PROBE] > 0,
-                num_seqs=num_seqs,
-                mean_context=context,
-            )
-            self._verification = self._speculation.plan(batch)
-        if self._verification is None:
+        if self._speculation is None:
             rows[RATE] = 1.0
             return
-        rates, variances = self._verification.rates, self._verification.variances
-        # The mean of a chunk's steps is off by its luck: normal, with the standard error of the mean.
-        steps = np.maximum(active[LEFT] / rates, 1.0)
-        rows[RATE, self._active] = np.maximum(rates + active[NOISE] * np.sqrt(variances / steps), 0.5)
+        since_steps, planned_seqs = self.counters.num_steps - self._planned[0], self._planned[1]
+        if since_steps < FRESH_STEPS and abs(num_seqs - planned_seqs) <= FRESH_SHARE * planned_seqs:
+            is_new = rows[RATE] == 0
+            if is_new.any():
+                rows[RATE, is_new] = rows[RATE].sum() / max(1, len(is_new) - is_new.sum()) or 1.0
+            if self._verification is not None:
+                num_tokens = round(self._planned[2] * num_seqs)
+                self._verification = self._verification._replace(num_tokens=num_tokens)
+            return
+        active = rows[:, self._active]
+        batch = DraftingBatch(
+            groups=active[GROUP].astype(np.int64),
+            indices=active[INDEX].astype(np.int64),
+            generated=active[CONTEXT] - active[PROMPT],
+            is_probe=active[PROBE] > 0,
+            num_seqs=num_seqs,
+            mean_context=context,
+        )
+        self._verification = self._speculation.plan(batch)
+        rows[RATE] = 1.0
+        num_tokens = num_seqs
+        if self._verification is not None:
+            rates, variances, num_tokens = self._verification
+            # The mean of a chunk's steps is off by its luck: normal, with the standard error of the mean.
+            steps = np.maximum(active[LEFT] / rates, 1.0)
+            rows[RATE, self._active] = np.maximum(rates + active[NOISE] * np.sqrt(variances / steps), 0.5)
+        self._planned = (self.counters.num_steps, num_seqs, num_tokens / num_seqs)
 
     def _time(self, num_seqs: int, context: float) -> float:
         if self._verification is None or self._speculation is None:
@@ -317,10 +343,10 @@ class SimInstance:
             self._progress[rows[GROUP].astype(np.int64), rows[INDEX].astype(np.int64)] += gained
 
     def _finish_chunks(self) -> None:
-        gone = self._rows[LEFT] < EPSILON
-        if not gone.any():
+        gone = np.flatnonzero(self._rows[LEFT] < EPSILON)
+        if not len(gone):
             return
-        for row in np.flatnonzero(gone):
+        for row in gone:
             item = self._running[row]
             self._finished.append(self._result(item))
             if self._on_end is not None:
