@@ -17,7 +17,7 @@ from seer_jax.core.types import InstanceInfo, KVHandle, RequestChunk
 from seer_jax.sim.batch import InstanceTimes, Segment, SimChunk, SimCounters
 from seer_jax.sim.drafting import DraftingBatch, SpeculationModel, Verification
 
-MAX_STEPS = 2048
+MAX_STEPS = 2048.0
 """Steps advanced at once with speculation on: siblings get on meanwhile, and acceptance with them."""
 FRESH_STEPS, FRESH_SHARE = 64, 0.1
 """For so many steps, and changes of the batch up to such a share, drafts are not chosen anew: chunks have thousands."""
@@ -288,7 +288,7 @@ class SimInstance:
         return num_seqs, float(np.bincount(ranks, contexts).max()) * self._num_ranks / num_seqs
 
     def _plan_rates(self, num_seqs: int, context: float) -> None:
-        """Choose drafts, or keep those of a few steps ago: a new request then goes as fast as the mean of the others."""
+        """Choose drafts, or keep those of a few steps ago: a new request then goes as fast as the others' mean."""
         rows = self._rows
         if self._speculation is None:
             rows[RATE] = 1.0
