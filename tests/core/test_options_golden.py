@@ -20,6 +20,7 @@ from seer_jax.core.scheduling import (
     StreamRLOraclePolicy,
     make_estimator,
     make_policy,
+    switched_on,
 )
 from seer_jax.core.types import RequestId
 from tests.core.fake_cluster import FakeCluster, finish, make_group, make_info
@@ -188,4 +189,6 @@ def test_options_reach_policy_and_estimator():
     policy = make_policy("seer", config)
     assert (policy.min_chunk_size, policy.backfill_depth, policy.tail_priority) == (3, 2, True)
     assert make_estimator("seer", config) == PosteriorEstimator()
+    assert switched_on(config) == ("posterior", "adaptive_chunk", "backfill", "tail_priority")
+    assert switched_on(RolloutConfig()) == ()
     assert make_estimator("divided", config) != PosteriorEstimator(), "it would only cost"
