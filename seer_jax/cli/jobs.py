@@ -23,7 +23,7 @@ from seer_jax.core.errors import ConfigError
 from seer_jax.core.eventlog import encode_event
 from seer_jax.core.events import Event
 from seer_jax.core.latency import MeasuredStepTimes
-from seer_jax.core.scheduling import make_estimator, make_policy
+from seer_jax.core.scheduling import make_estimator, make_policy, switched_on
 from seer_jax.core.types import RolloutGroup, Sample
 from seer_jax.engine.cluster import Cluster
 from seer_jax.engine.factory import build_engine, build_local_cluster, enable_compilation_cache, needs_truncation
@@ -108,7 +108,7 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
     Each rollout leaves its samples and its event log in a directory of its own under `options.run_dir`.
 
     Returns:
-        Figures of each rollout, see `RolloutStats`.
+        Figures of each rollout, see `RolloutStats`; `fired_...` counts the decisions that an option changed.
 
     Raises:
         SeerError: Bad input, before anything heavy starts, or a run that failed.
@@ -128,14 +128,16 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
                 for index, (policy, _) in variants:
                     directory = options.run_dir / f"{index}-{policy}"
                     directory.mkdir()
+                    driver = _make_driver(policy, config)
                     watchers = [display.on_event]
                     if options.trace is not None:
                         prefix = f"{index} {policy}:{mode} " if len(options.variants) > 1 else ""
                         recorders.append(RolloutRecorder(prefix))
                         watchers.append(recorders[-1].on_event)
-                    result = _roll_out_once(cluster, config, policy, groups, directory, watchers)
+                    result = _roll_out_once(cluster, driver, groups, directory, watchers)
                     lengths = describe_lengths(result.samples, config.sampling.max_tokens)
-                    runs.append({"policy": policy, "speculation": mode, **asdict(result.stats), **lengths})
+                    fired = {f"fired_{name}": driver.firings[name] for name in switched_on(config.rollout)}
+                    runs.append({"policy": policy, "speculation": mode, **asdict(result.stats), **lengths, **fired})
                     metrics.write({"kind": "rollout", **runs[-1]})
     if options.trace is not None:
         spans = [span for recorder in recorders for span in recorder.spans]
@@ -184,8 +186,7 @@ def _warm_up(cluster: Cluster, config: RunConfig, groups: Sequence[RolloutGroup]
 
 def _roll_out_once(
     cluster: Cluster,
-    config: RunConfig,
-    policy: str,
+    driver: RolloutDriver,
     groups: Sequence[RolloutGroup],
     directory: Path,
     watchers: Sequence[Callable[[float, Event, Sequence[Command]], None]],
@@ -198,7 +199,6 @@ def _roll_out_once(
         for watch in watchers:
             watch(elapsed_s, event, commands)
 
-    driver = _make_driver(policy, config)
     result = RolloutRunner(cluster, driver, on_event=on_event).run(groups)
     with MetricsWriter(directory / EVENTS_FILE) as log:
         for event in events:

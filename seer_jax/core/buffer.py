@@ -86,10 +86,9 @@ class RequestBuffer:
         """Let a request wait: a new one, or one whose chunk ended or was lost."""
         request.state = RequestState.WAITING
         self.running.pop(request.request_id, None)
-        siblings_change = self.context.observe(request)
+        changed = self.context.observe(request)
         self._insert(request)
-        if siblings_change:
-            self._reorder(request.request_id.group_id)
+        self._reorder(changed)
 
     def take(self, request: RolloutRequest) -> None:
         """Move a waiting request to the running ones; counts as service of its group."""
@@ -111,8 +110,7 @@ class RequestBuffer:
         """Let a running request leave for good; its length re-orders its waiting siblings."""
         request.state = RequestState.FINISHED
         del self.running[request.request_id]
-        if self.context.observe(request):
-            self._reorder(request.request_id.group_id)
+        self._reorder(self.context.observe(request))
 
     def restore(
         self,
@@ -202,6 +200,7 @@ class RequestBuffer:
         self._longest.put(request, self.longest_key(request))
         self._arrivals.put(request, (request.arrival,))
 
-    def _reorder(self, group_id: int) -> None:
-        for request in self._groups.get(group_id, {}).values():
-            self._longest.put(request, self.longest_key(request))
+    def _reorder(self, group_ids: Iterable[int]) -> None:
+        for group_id in group_ids:
+            for request in self._groups.get(group_id, {}).values():
+                self._longest.put(request, self.longest_key(request))

@@ -3,7 +3,7 @@
 Estimators hold settings only. What they learn is in `LengthContext`: plain data of one iteration, copied by snapshots.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -23,8 +23,6 @@ class GroupContext:
         mean_finished_log: Mean of their logs.
         progress_logs: By index, of the unfinished requests that have generated something.
         mean_log: Estimate of the mean of the group's logs; None until it is first made.
-        sd_log: Spread of the requests around it that was assumed then.
-        num_known: Finished requests of the iteration then.
     """
 
     longest_finished: int | None = None
@@ -32,8 +30,6 @@ class GroupContext:
     mean_finished_log: float = 0.0
     progress_logs: dict[int, float] = field(default_factory=dict)
     mean_log: float | None = None
-    sd_log: float = 0.0
-    num_known: int = 0
 
     def copy(self) -> "GroupContext":
         """Copy all."""
@@ -71,6 +67,23 @@ class LengthMoments:
         self.num_within += group.num_finished > 1
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LengthModel:
+    """Logs are normal between groups and within them.
+
+    Attributes:
+        mean: Mean of all.
+        between: Variance of the groups' means.
+        within: Variance inside a group.
+        num_finished: Finished requests that it was made from.
+    """
+
+    mean: float
+    between: float
+    within: float
+    num_finished: int
+
+
 @dataclass(kw_only=True, slots=True)
 class LengthContext:
     """Everything that was learnt about lengths in one iteration.
@@ -78,15 +91,21 @@ class LengthContext:
     Attributes:
         groups: Context of every group, by id.
         moments: Of all finished requests.
+        model: What all current estimates assume; None until it is first made.
     """
 
     groups: dict[int, GroupContext] = field(default_factory=dict)
     moments: LengthMoments = field(default_factory=LengthMoments)
+    model: LengthModel | None = None
+
+    def group_of(self, request: RolloutRequest) -> GroupContext:
+        """The context of a request's group, which is empty at first."""
+        return self.groups.setdefault(request.request_id.group_id, GroupContext())
 
     def copy(self) -> "LengthContext":
         """Copy all."""
         groups = {group_id: group.copy() for group_id, group in self.groups.items()}
-        return LengthContext(groups=groups, moments=replace(self.moments))
+        return LengthContext(groups=groups, moments=replace(self.moments), model=self.model)
 
 
 @runtime_checkable
@@ -99,25 +118,24 @@ class LengthEstimator(Protocol):
 
     option: ClassVar[str | None]
 
-    def observe(self, request: RolloutRequest, group: GroupContext, moments: LengthMoments) -> bool:
+    def observe(self, request: RolloutRequest, lengths: LengthContext) -> Collection[int]:
         """Take note of a request that came (back) to the buffer or, as its `state` says, finished.
 
         Args:
             request: The request.
-            group: Context of its group; `longest_finished` is up to date, the rest is the estimator's to keep.
-            moments: Of the iteration; the estimator's to keep.
+            lengths: Context of the iteration; `longest_finished` is up to date, the rest is the estimator's to keep.
 
         Returns:
-            Whether estimates of the group's unfinished requests may have changed.
+            Ids of the groups whose unfinished requests may be estimated otherwise now.
         """
         ...
 
-    def estimate(self, request: RolloutRequest, group: GroupContext) -> int:
+    def estimate(self, request: RolloutRequest, lengths: LengthContext) -> int:
         """Estimate a request's final length; depends on nothing but the arguments.
 
         Args:
             request: An unfinished request.
-            group: Context of its group.
+            lengths: Context of the iteration; not changed.
 
         Returns:
             Generated tokens at the end.
@@ -135,13 +153,13 @@ class GroupMaxEstimator:
 
     option: ClassVar[str | None] = None
 
-    def observe(self, request: RolloutRequest, group: GroupContext, moments: LengthMoments) -> bool:
+    def observe(self, request: RolloutRequest, lengths: LengthContext) -> Collection[int]:
         """Only a finished request changes L_g."""
-        return request.state is RequestState.FINISHED
+        return (request.request_id.group_id,) if request.state is RequestState.FINISHED else ()
 
-    def estimate(self, request: RolloutRequest, group: GroupContext) -> int:
+    def estimate(self, request: RolloutRequest, lengths: LengthContext) -> int:
         """Take the larger of L_g and the request's own progress."""
-        longest = group.longest_finished
+        longest = lengths.group_of(request).longest_finished
         return max(request.group.sampling.max_tokens if longest is None else longest, request.num_generated)
 
 
@@ -157,11 +175,11 @@ class OracleEstimator:
 
     option: ClassVar[str | None] = None
 
-    def observe(self, request: RolloutRequest, group: GroupContext, moments: LengthMoments) -> bool:
+    def observe(self, request: RolloutRequest, lengths: LengthContext) -> Collection[int]:
         """Learn nothing."""
-        return False
+        return ()
 
-    def estimate(self, request: RolloutRequest, group: GroupContext) -> int:
+    def estimate(self, request: RolloutRequest, lengths: LengthContext) -> int:
         """Look the true length up."""
         return self.true_lengths[request.request_id]
 
@@ -181,27 +199,24 @@ class ContextManager:
     estimator: LengthEstimator
     lengths: LengthContext = field(default_factory=LengthContext)
 
-    def observe(self, request: RolloutRequest) -> bool:
+    def observe(self, request: RolloutRequest) -> Collection[int]:
         """Take note of a request that came (back) to the buffer or finished.
 
         Returns:
-            Whether estimates of its unfinished siblings may have changed.
+            Ids of the groups whose unfinished requests may be estimated otherwise now.
         """
-        group = self._group(request)
         if request.state is RequestState.FINISHED:
+            group = self.lengths.group_of(request)
             group.longest_finished = max(group.longest_finished or 0, request.num_generated)
-        return self.estimator.observe(request, group, self.lengths.moments)
+        return self.estimator.observe(request, self.lengths)
 
     def estimate(self, request: RolloutRequest) -> int:
         """Estimate the final number of generated tokens of an unfinished request."""
-        return self.estimator.estimate(request, self._group(request))
+        return self.estimator.estimate(request, self.lengths)
 
     def fired(self, request: RolloutRequest) -> tuple[str, ...]:
         """Name the estimator if it is an option and its estimate of the request differs from the paper's."""
         option = self.estimator.option
-        if option is None or self.estimate(request) == _GROUP_MAX.estimate(request, self._group(request)):
+        if option is None or self.estimate(request) == _GROUP_MAX.estimate(request, self.lengths):
             return ()
         return (option,)
-
-    def _group(self, request: RolloutRequest) -> GroupContext:
-        return self.lengths.groups.setdefault(request.request_id.group_id, GroupContext())

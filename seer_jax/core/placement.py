@@ -1,7 +1,7 @@
 """Where a chunk runs. The driver's own reservations are the telemetry: exact, immediate and the same on replay."""
 
 import bisect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from seer_jax.core.kv.page_pool import pages_for_tokens
@@ -72,11 +72,6 @@ class InstanceLoad:
         return not self.is_full and self.num_reserved_pages + num_pages <= self.info.num_total_pages
 
 
-def open_loads(loads: Mapping[int, InstanceLoad], prefetch_chunks: int) -> list[InstanceLoad]:
-    """List the instances where some chunk could start or queue: few of them when slots or queues are taken."""
-    return [load for load in loads.values() if len(load.queued) < prefetch_chunks or not (load.queued or load.is_full)]
-
-
 def choose_instance(
     loads: Iterable[InstanceLoad], num_tokens: int, last_instance_id: int | None, prefetch_chunks: int
 ) -> InstanceLoad | None:
@@ -87,7 +82,7 @@ def choose_instance(
     chunks, the smaller id.
 
     Args:
-        loads: The live instances, or those of them that are open.
+        loads: The live instances.
         num_tokens: Tokens of the request when the chunk ends, prompt included.
         last_instance_id: Where the request's previous chunk was; None if there was none.
         prefetch_chunks: Chunks that may queue at an instance.

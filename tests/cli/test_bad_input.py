@@ -31,7 +31,7 @@ BAD_INPUT = [
     (["train", "--sampling.top-p", "0.9"], "sampling.top_p: is 0.9, but GRPO"),
     (["train", "--resume", "nothing"], "resume: 'nothing' holds no config.yaml"),
     (["train", "--resume", "x", "--config", "tiny_math"], "resume: 'x' brings its own configuration"),
-    (["rollout", "--compare", "seer,fifo"], "compare: no policy 'fifo' (one of group_round_robin, seer)"),
+    (["rollout", "--compare", "seer,fifo"], "compare: no policy 'fifo' (one of divided, group_round_robin, seer)"),
     (["rollout", "--compare", "seer:grouped,seer:groped"], "compare: no speculation 'groped' (did you mean grouped?)"),
     (["rollout", "--compare", "seer:"], "compare: no speculation ''"),
     (["rollout", "--speculation.memory-tokens", "9"], "speculation.memory_tokens: is 9, but a rollout has no earlier"),

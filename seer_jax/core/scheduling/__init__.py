@@ -23,6 +23,7 @@ __all__ = [
     "StreamRLOraclePolicy",
     "make_estimator",
     "make_policy",
+    "switched_on",
 ]
 
 POLICY_NAMES = ("seer", "divided", "group_round_robin")
@@ -89,3 +90,14 @@ def make_estimator(
     if name == "seer" and config.length_estimator == "posterior":
         return PosteriorEstimator()
     return GroupMaxEstimator()
+
+
+def switched_on(config: RolloutConfig) -> tuple[str, ...]:
+    """Name the options that are on as `Decision.fired` does; one that is on and never fires had no effect."""
+    options = {
+        "posterior": config.length_estimator == "posterior",
+        "adaptive_chunk": config.min_chunk_size > 0,
+        "backfill": config.backfill_depth > 0,
+        "tail_priority": config.tail_priority,
+    }
+    return tuple(name for name, is_on in options.items() if is_on)

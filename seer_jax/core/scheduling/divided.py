@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from seer_jax.core.buffer import RequestBuffer
-from seer_jax.core.placement import InstanceLoad, choose_instance, open_loads
+from seer_jax.core.placement import InstanceLoad, choose_instance
 from seer_jax.core.request import RolloutRequest
 from seer_jax.core.scheduling.base import PROBE_PRIORITY, Decision, start_reserved
 
@@ -56,5 +56,5 @@ def _place(
         return None
     max_chunk_tokens = min(chunk_size, request.remaining_tokens)
     num_tokens = request.num_tokens + max_chunk_tokens
-    load = choose_instance(open_loads(loads, prefetch_chunks), num_tokens, request.instance_id, prefetch_chunks)
+    load = choose_instance(loads.values(), num_tokens, request.instance_id, prefetch_chunks)
     return None if load is None else start_reserved(request, load, max_chunk_tokens, PROBE_PRIORITY)

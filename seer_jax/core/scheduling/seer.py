@@ -1,10 +1,10 @@
 """Seer's context-aware scheduling of divided rollout (the paper's Algorithm 2), and options beyond it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from seer_jax.core.buffer import RequestBuffer
-from seer_jax.core.placement import InstanceLoad, choose_instance, open_loads
+from seer_jax.core.placement import InstanceLoad, choose_instance
 from seer_jax.core.request import RolloutRequest
 from seer_jax.core.scheduling.base import PROBE_PRIORITY, REST_PRIORITY, Decision, start_reserved
 
@@ -43,16 +43,15 @@ class SeerPolicy:
 
     def decide(self, buffer: RequestBuffer, loads: Mapping[int, InstanceLoad]) -> Decision | None:
         """Pick a request, then the least loaded instance that has room for its next chunk."""
-        places = open_loads(loads, self.prefetch_chunks)
-        if not places or not buffer.waiting:
+        if not buffer.waiting:
             return None
         is_forced = self.starvation_interval > 0 and (buffer.num_taken + 1) % self.starvation_interval == 0
         probe = None if is_forced else buffer.shortest_probe()
         request = probe or (buffer.most_underserved() if is_forced else buffer.longest())
         assert request is not None
-        decision = self._fit(request, places, self._chunk_tokens(request), self.prefetch_chunks)
+        decision = self._fit(request, loads.values(), self._chunk_tokens(request), self.prefetch_chunks)
         if (self.min_chunk_size or self.backfill_depth) and not _starts(decision, loads):
-            decision = self._start_other(buffer, request, places, may_pass=not is_forced) or decision
+            decision = self._start_other(buffer, request, loads, may_pass=not is_forced) or decision
         if decision is None:
             return None
         fired = decision.fired
@@ -64,10 +63,10 @@ class SeerPolicy:
         return replace(decision, fired=fired, priority=priority) if fired else decision
 
     def _start_other(
-        self, buffer: RequestBuffer, request: RolloutRequest, places: Sequence[InstanceLoad], *, may_pass: bool
+        self, buffer: RequestBuffer, request: RolloutRequest, loads: Mapping[int, InstanceLoad], *, may_pass: bool
     ) -> Decision | None:
         """Find what can start at once although the request's whole chunk cannot: less of it, or one behind it."""
-        places = [load for load in places if load.can_start(1)]
+        places = [load for load in loads.values() if load.can_start(1)]
         if not places:
             return None
         max_chunk_tokens = self._chunk_tokens(request)
@@ -87,7 +86,7 @@ class SeerPolicy:
         return min(self.chunk_size, request.remaining_tokens)
 
     def _fit(
-        self, request: RolloutRequest, places: Sequence[InstanceLoad], max_chunk_tokens: int, prefetch_chunks: int
+        self, request: RolloutRequest, places: Iterable[InstanceLoad], max_chunk_tokens: int, prefetch_chunks: int
     ) -> Decision | None:
         num_tokens = request.num_tokens + max_chunk_tokens
         load = choose_instance(places, num_tokens, request.instance_id, prefetch_chunks)
