@@ -18,6 +18,7 @@ from seer_jax.core.errors import ConfigError
 from seer_jax.obs.metrics import to_json_line
 from seer_jax.obs.plots import INSTALL_HINT, has_matplotlib
 from seer_jax.obs.run_dir import fill_run_dir
+from seer_jax.obs.tables import print_columns
 
 if TYPE_CHECKING:
     from seer_jax.sim.report import ExperimentResult, Figure
@@ -48,6 +49,10 @@ class SimulateArguments:
     """Instances and requests as a share of the workload's, with the same load per instance."""
     out: str = "runs/simulate-{time}"
     """Directory to write to; files of the same names are replaced."""
+    run: str | None = None
+    """Instead of experiments: directory of a `seer-jax rollout`, which is replayed, simulated, and compared."""
+    profile: str | None = None
+    """With --run: step times of the same configuration, from `seer-jax profile --out FILE`."""
     no_plots: Switch = False
     """Draw no charts."""
     list: Switch = False
@@ -69,6 +74,9 @@ def main(argv: Sequence[str]) -> int:
         ConfigError: For bad arguments or a workload that does not fit.
     """
     arguments = parse_options(argv, prog="seer-jax simulate", defaults=SimulateArguments())
+
+    if arguments.run is not None or arguments.profile is not None:
+        return _predict(arguments)
 
     from seer_jax.sim.experiments import EXPERIMENTS, run_experiment
     from seer_jax.sim.outputs import write_outputs
@@ -100,6 +108,31 @@ def main(argv: Sequence[str]) -> int:
         print(to_json_line((several if len(reports) > 1 else reports[experiments[0]]) | {"out": str(directory)}))
     else:
         print(f"simulated in {wall_s:.1f} s, written to {directory}")
+    return 0
+
+
+def _predict(arguments: SimulateArguments) -> int:
+    """Replay and simulate a real run."""
+    from seer_jax.core.latency import MeasuredStepTimes
+    from seer_jax.sim.replay import predict
+
+    if arguments.run is None or arguments.profile is None:
+        given, missing = ("profile", "run") if arguments.run is None else ("run", "profile")
+        raise ConfigError(missing, f"is not given, --{given} is", "both, a run and the step times of its machine")
+    try:
+        text = Path(arguments.profile).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            "profile", f"cannot read {arguments.profile!r}: {error.strerror}", "`seer-jax profile`"
+        ) from error
+    rows = [
+        prediction.to_json()
+        for prediction in predict(Path(arguments.run).expanduser(), MeasuredStepTimes.from_json(text))
+    ]
+    if arguments.json:
+        print(to_json_line({"simulated": True, "rollouts": rows}))
+    else:
+        print_columns(rows)
     return 0
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from seer_jax.config.suggest import did_you_mean
 from seer_jax.core.errors import ConfigError
+from seer_jax.sim.beyond import compare_options
 from seer_jax.sim.partial import simulate_partial
 from seer_jax.sim.report import ExperimentResult, Figure, Timeline, WorkloadResult
 from seer_jax.sim.simulation import SimResult
@@ -147,10 +148,16 @@ EXPERIMENT_TABLE: Mapping[str, Experiment] = {
         units={"_preemptions": "preemptions", "_mean_kv": "share"},
     ),
 }
-PARTIAL = "partial_rollout"
+PARTIAL, BEYOND = "partial_rollout", "beyond_seer"
+SPECIAL: Mapping[str, tuple[str, str]] = {
+    PARTIAL: ("Seer over partial rollout, which puts long answers off to later iterations", "Fig. 12"),
+    BEYOND: ("Options beyond the paper over Seer, and bounds", "not in the paper"),
+}
+"""Title and source of experiments that are not one comparison of systems on the same requests."""
+SPECIAL_UNITS = {"_share": "share", "_idle": "share", "_gain": "x partial rollout", "": "x Seer"}
 EXPERIMENTS: Mapping[str, str] = {
     **{name: f"{e.title} ({e.source})" for name, e in EXPERIMENT_TABLE.items()},
-    PARTIAL: "Seer over partial rollout, which defers long requests to later iterations (Fig. 12)",
+    **{name: f"{title} ({source})" for name, (title, source) in SPECIAL.items()},
 }
 """Descriptions by name, for `seer-jax simulate`."""
 
@@ -215,8 +222,11 @@ class _Outcome:
 def _run_seed(name: str, workload: Workload, seed: int, is_first: bool) -> _Outcome:
     if name == PARTIAL:
         return _Outcome(values=simulate_partial(workload, seed), timelines=(), firings={})
+    if name == BEYOND:
+        values, fired = compare_options(workload, seed)
+        return _Outcome(values=values, timelines=(), firings=fired)
     experiment = EXPERIMENT_TABLE[name]
-    values: Values = {}
+    values = {}
     timelines: list[Timeline] = []
     firings: Counter[str] = Counter()
     for size in experiment.group_sizes or (None,):
@@ -256,13 +266,13 @@ def _summarize(name: str, workload: Workload, outcomes: Sequence[_Outcome]) -> W
 
 
 def _title(name: str) -> tuple[str, str]:
-    if name == PARTIAL:
-        return "Throughput of on-policy Seer over partial rollout", "Fig. 12"
+    if name in SPECIAL:
+        return SPECIAL[name]
     return EXPERIMENT_TABLE[name].title, EXPERIMENT_TABLE[name].source
 
 
 def _unit(name: str, figure: str) -> str:
-    units = {"share": "share", "": "x"} if name == PARTIAL else EXPERIMENT_TABLE[name].units
+    units = EXPERIMENT_TABLE[name].units if name in EXPERIMENT_TABLE else SPECIAL_UNITS
     return next(unit for end, unit in units.items() if figure.endswith(end))
 
 

@@ -61,6 +61,50 @@ class SimRequests:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SimCluster:
+    """The instances.
+
+    Attributes:
+        infos: One each.
+        times: Step times of any of them.
+        num_ranks: Data-parallel ranks of each, which share its pages evenly.
+        kv_bytes_per_token: For transfers.
+        transfer_bytes_per_s: Between an instance and the pool.
+        transfer_latency_s: Of each transfer.
+    """
+
+    infos: tuple[InstanceInfo, ...]
+    times: InstanceTimes
+    num_ranks: int = 1
+    kv_bytes_per_token: float = 0.0
+    transfer_bytes_per_s: float = math.inf
+    transfer_latency_s: float = 0.0
+
+    @classmethod
+    def of(cls, workload: Workload, requests: SimRequests, times: InstanceTimes | None = None) -> "SimCluster":
+        """That of a workload, for requests of this iteration; `times` in place of the workload's."""
+        num_ranks = workload.ranks_per_instance
+        infos = tuple(
+            InstanceInfo(
+                instance_id=number,
+                num_total_pages=num_ranks * (workload.kv_tokens_per_rank // workload.page_size),
+                page_size=workload.page_size,
+                max_num_seqs=workload.max_num_seqs,
+                max_model_len=int((requests.prompts + requests.limits).max()),
+            )
+            for number in range(workload.num_instances)
+        )
+        return cls(
+            infos=infos,
+            times=times or workload.times,
+            num_ranks=num_ranks,
+            kv_bytes_per_token=workload.kv_bytes_per_token,
+            transfer_bytes_per_s=workload.transfer_bytes_per_s,
+            transfer_latency_s=workload.transfer_latency_s,
+        )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SimResult:
     """Figures of one simulated iteration; times in simulated seconds.
@@ -100,28 +144,26 @@ class SimResult:
 
 @dataclass(kw_only=True)
 class Simulation:
-    """One iteration of a workload.
+    """One iteration.
 
     Attributes:
-        workload: Cluster, model and costs.
+        cluster: Where it runs.
         requests: What is generated; the same for all policies that are compared.
         policy: Whichever of `core.scheduling`.
         estimator: Its length estimator; None: the paper's.
         speculation: None: plain decoding.
         progress: float64 [groups, size]; shared with a `GroupedSpeculation`.
-        times: Step times instead of the workload's, such as measured ones.
         seed: Of the drafts' luck.
         stop_after: Requests after which the rest is cut off (partial rollout); None: all.
         record: Keep `changes` and `spans`.
     """
 
-    workload: Workload
+    cluster: SimCluster
     requests: SimRequests
     policy: SchedulingPolicy
     estimator: LengthEstimator | None = None
     speculation: SpeculationModel | None = None
     progress: np.ndarray | None = None
-    times: InstanceTimes | None = None
     seed: int = 0
     stop_after: int | None = None
     record: bool = False
@@ -131,7 +173,7 @@ class Simulation:
     def run(self) -> SimResult:
         """Simulate; deterministic in all attributes."""
         driver = RolloutDriver(self.policy, self.estimator)
-        self._instances = {number: self._make_instance(number) for number in range(self.workload.num_instances)}
+        self._instances = {info.instance_id: self._make_instance(info) for info in self.cluster.infos}
         for instance in self._instances.values():
             driver.handle(InstanceJoined(info=instance.info, policy_version=0))
         self._finish_times: list[float] = []
@@ -163,27 +205,19 @@ class Simulation:
                     break
         return self._result(driver, now)
 
-    def _make_instance(self, number: int) -> SimInstance:
-        workload = self.workload
-        ranks = workload.ranks_per_instance
-        lengths = self.requests.lengths
+    def _make_instance(self, info: InstanceInfo) -> SimInstance:
+        cluster, lengths = self.cluster, self.requests.lengths
         return SimInstance(
-            InstanceInfo(
-                instance_id=number,
-                num_total_pages=ranks * (int(workload.kv_tokens_per_rank) // workload.page_size),
-                page_size=workload.page_size,
-                max_num_seqs=workload.max_num_seqs,
-                max_model_len=int((self.requests.prompts + self.requests.limits).max()),
-            ),
-            self.times or workload.times,
+            info,
+            cluster.times,
             lambda chunk: int(lengths[chunk.request_id]),
-            num_ranks=ranks,
-            kv_bytes_per_token=workload.kv_bytes_per_token,
-            transfer_bytes_per_s=workload.transfer_bytes_per_s,
-            transfer_latency_s=workload.transfer_latency_s,
+            num_ranks=cluster.num_ranks,
+            kv_bytes_per_token=cluster.kv_bytes_per_token,
+            transfer_bytes_per_s=cluster.transfer_bytes_per_s,
+            transfer_latency_s=cluster.transfer_latency_s,
             speculation=self.speculation,
             progress=self.progress,
-            rng=np.random.default_rng([self.seed, number]) if self.speculation is not None else None,
+            rng=np.random.default_rng([self.seed, info.instance_id]) if self.speculation is not None else None,
             on_change=self._note_change if self.record else None,
             on_end=self._note_span if self.record else None,
         )

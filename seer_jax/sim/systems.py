@@ -14,7 +14,7 @@ from seer_jax.core.types import RequestId
 from seer_jax.sim.batch import InstanceTimes
 from seer_jax.sim.drafting import GroupedSpeculation, SpeculationModel, VanillaSpeculation
 from seer_jax.sim.lengths import sample_lengths
-from seer_jax.sim.simulation import SimRequests, SimResult, Simulation
+from seer_jax.sim.simulation import SimCluster, SimRequests, SimResult, Simulation
 from seer_jax.sim.workloads import Workload
 
 
@@ -86,7 +86,7 @@ def simulate(
         stop_after: Requests after which the rest is cut off.
         record: Keep the course of the rollout.
     """
-    config = RolloutConfig(chunk_size=workload.chunk_size, prefetch_chunks=0, **system.options)
+    config = RolloutConfig(**{"chunk_size": workload.chunk_size, "prefetch_chunks": 0, **system.options})
     lengths = {
         RequestId(group, index): int(length)
         for group, row in enumerate(requests.lengths)
@@ -100,13 +100,12 @@ def simulate(
     elif system.speculation == "vanilla":
         speculation = VanillaSpeculation(workload.speculation.vanilla, workload.times)
     return Simulation(
-        workload=workload,
+        cluster=SimCluster.of(workload, requests, times),
         requests=requests,
         policy=make_policy(system.policy, config, lengths),
         estimator=make_estimator(system.policy, config, lengths),
         speculation=speculation,
         progress=progress if speculation is not None else None,
-        times=times,
         seed=seed,
         stop_after=stop_after,
         record=record,

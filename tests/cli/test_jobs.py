@@ -9,6 +9,7 @@ from seer_jax.cli.main import main
 from seer_jax.config.presets import load_config
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.eventlog import replay
+from seer_jax.core.latency import MeasuredStepTimes
 from seer_jax.core.scheduling import make_policy
 
 SMALL = (
@@ -16,6 +17,12 @@ SMALL = (
     "--rollout.num-groups", "2", "--rollout.group-size", "4", "--rollout.chunk-size", "16",
     "--sampling.max-tokens", "40", "--engine.max-model-len", "208", "--engine.max-num-seqs", "4",
     "--engine.max-prefill-tokens", "32", "--engine.num-pages", "20", "--data.heldout-prompts", "4",
+)  # fmt: skip
+
+
+SOME_TIMES = MeasuredStepTimes(
+    device="test", model="test", jax="0", contexts=(64, 208), plain_sizes=(4,), plain_s=((0.01, 0.01),),
+    verify_sizes=(16,), verify_s=((0.02, 0.02),),
 )  # fmt: skip
 
 
@@ -48,6 +55,15 @@ def test_rollout_compares_policies_and_leaves_samples_and_a_log_that_replays(
     lines = (run_dir / "0-seer" / "events.jsonl").read_text().splitlines()
     commands = list(replay(lines, RolloutDriver(make_policy("seer", settings))))
     assert type(commands[-1]).__name__ == "IterationDone"
+    profile = tmp_path / "profile.json"
+    profile.write_text(SOME_TIMES.to_json())
+    simulated = run(capsys, "simulate", "--run", str(run_dir), "--profile", str(profile), "--json")["rollouts"]
+    assert [row["policy"] for row in simulated] == ["seer", "group_round_robin"]
+    for row, figures in zip(simulated, runs, strict=True):
+        assert row["rollout_time_s"] == figures["rollout_time_s"]
+        # 8 requests of up to 40 tokens in 4 slots: two waves at least, of steps of 10 ms and some prefill.
+        assert 0.01 * figures["generated_tokens"] / 4 <= row["predicted_rollout_time_s"] < 2 * 0.01 * 40 * 8
+        assert row["replayed_events"] == len((run_dir / row["name"] / "events.jsonl").read_text().splitlines())
     shown = json.loads(trace.read_text())["traceEvents"]
     assert [event["args"]["name"] for event in shown if event["name"] == "process_name"] == [
         "0 seer:off instance 0", "1 group_round_robin:off instance 0",

@@ -14,7 +14,7 @@ from seer_jax.core.scheduling import DividedPolicy, GroupRoundRobinPolicy, SeerP
 from seer_jax.core.types import InstanceInfo, RequestChunk, RequestId, SamplingParams
 from seer_jax.sim.instance import SimInstance
 from seer_jax.sim.lengths import sample_lengths
-from seer_jax.sim.simulation import SimRequests, SimResult, Simulation
+from seer_jax.sim.simulation import SimCluster, SimRequests, SimResult, Simulation
 from seer_jax.sim.systems import SYSTEMS, System, draw_requests, simulate
 from seer_jax.sim.workloads import Workload, load_workload
 from tests.core.fake_cluster import property_settings
@@ -63,7 +63,9 @@ def run(
         prompts=np.full(len(lengths), 10),
         limits=np.full(len(lengths), limit),
     )
-    return Simulation(workload=small_workload(**cluster), requests=requests, policy=policy, times=times).run()
+    return Simulation(
+        cluster=SimCluster.of(small_workload(**cluster), requests, times), requests=requests, policy=policy
+    ).run()
 
 
 SEER = SeerPolicy(chunk_size=256, starvation_interval=64, prefetch_chunks=0)
@@ -99,7 +101,8 @@ def test_a_request_that_moves_waits_for_its_kv():
     lengths = np.array([[40]])
     requests = SimRequests(lengths=lengths, prompts=np.array([10]), limits=np.array([64]))
     policy = DividedPolicy(chunk_size=10, prefetch_chunks=0)
-    result = Simulation(workload=workload, requests=requests, policy=policy, times=LinearTimes()).run()
+    cluster = SimCluster.of(workload, requests, LinearTimes())
+    result = Simulation(cluster=cluster, requests=requests, policy=policy).run()
     assert result.num_chunks == 4
     assert result.counters.num_imported_tokens == 0  # It never left.
     assert result.rollout_time_s == pytest.approx(0.4)
@@ -163,7 +166,8 @@ def test_ranks_wait_for_the_fullest_one():
     lengths = np.full((1, workload.ranks_per_instance + 1), 100)
     requests = SimRequests(lengths=lengths, prompts=np.array([10]), limits=np.array([200]))
     times = LinearTimes(fixed_s=0.0, seq_s=0.001)
-    result = Simulation(workload=workload, requests=requests, policy=GroupRoundRobinPolicy(), times=times).run()
+    cluster = SimCluster.of(workload, requests, times)
+    result = Simulation(cluster=cluster, requests=requests, policy=GroupRoundRobinPolicy()).run()
     # One rank has two requests: all 32 step as if each had two.
     assert result.rollout_time_s == pytest.approx(100 * 0.001 * 2 * 32)
 
