@@ -4,8 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
+from seer_jax.core.events import ChunkFinished
 from seer_jax.core.latency import StepTimeModel
-from seer_jax.core.types import RequestChunk
+from seer_jax.core.types import KVHandle, RequestChunk
 
 
 @runtime_checkable
@@ -38,6 +41,24 @@ class SimChunk:
     ready_s: float
     num_to_prefill: int
     started_s: float = -1.0
+
+    def result(self, instance_id: int, true_length: int) -> ChunkFinished:
+        """What the instance returns of it, now that it has ended; its request will generate `true_length` tokens."""
+        chunk, num_tokens = self.chunk, len(self.chunk.token_ids) + self.num_new
+        reason = "chunk" if num_tokens - chunk.num_prompt_tokens < true_length else "stop"
+        if num_tokens == chunk.max_total_tokens:
+            reason = "length"
+        kv = KVHandle(num_tokens=num_tokens - 1, policy_version=chunk.policy_version, ref=instance_id)
+        return ChunkFinished(
+            instance_id=instance_id,
+            request_id=chunk.request_id,
+            chunk_index=chunk.chunk_index,
+            token_ids=_blank(self.num_new, np.int32),
+            logprobs=_blank(self.num_new, np.float32),
+            finish_reason=reason,
+            policy_version=chunk.policy_version,
+            kv=kv if reason == "chunk" else None,
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,3 +108,14 @@ class Segment:
         """Leave out the first steps."""
         self.steps -= steps
         self.step_s += steps * self.growth_s
+
+
+_BLANKS: dict[type, np.ndarray] = {}
+
+
+def _blank(size: int, dtype: type) -> np.ndarray:
+    """Zeros, all views of one array: a simulated token has no value."""
+    blank = _BLANKS.get(dtype)
+    if blank is None or len(blank) < size:
+        blank = _BLANKS[dtype] = np.zeros(max(size, 1 << 17), dtype)
+    return blank[:size]

@@ -13,9 +13,23 @@ import numpy as np
 
 from seer_jax.core.errors import ConfigError
 from seer_jax.core.events import ChunkFinished
-from seer_jax.core.types import InstanceInfo, KVHandle, RequestChunk
+from seer_jax.core.types import InstanceInfo, RequestChunk
 from seer_jax.sim.batch import InstanceTimes, Segment, SimChunk, SimCounters
 from seer_jax.sim.drafting import DraftingBatch, SpeculationModel, Verification
+from seer_jax.sim.rows import (
+    CONTEXT,
+    GROUP,
+    INDEX,
+    LEFT,
+    NOISE,
+    PROBE,
+    PROMPT,
+    RANK,
+    RATE,
+    READY,
+    RESERVED,
+    RunningRows,
+)
 
 MAX_STEPS = 2048.0
 """Steps advanced at once with speculation on: siblings get on meanwhile, and acceptance with them."""
@@ -25,11 +39,6 @@ SPARE_SHARE = 0.01
 """Pages that growing chunks leave free at admission, as in `core.batching`."""
 EPSILON = 1e-6
 """Tokens; less than that is left of a chunk: it is at its end."""
-
-CONTEXT, LEFT, RATE, NOISE, RANK, RESERVED, READY, GROUP, INDEX, PROBE, PROMPT = range(NUM_COLUMNS := 11)
-"""Columns of the running requests: tokens known, tokens left of the chunk, tokens a step, luck of the chunk (a factor
-of the rate), data-parallel rank, tokens reserved (0: grows), time from which it decodes, group, index, class, tokens
-of the prompt. A rate of 0: not known yet."""
 
 
 class SimInstance:
@@ -87,7 +96,7 @@ class SimInstance:
         self._rank_tokens = info.num_total_pages // num_ranks * info.page_size
         self._transfer = kv_bytes_per_token / transfer_bytes_per_s, transfer_latency_s
         self._on_change, self._on_end = on_change, on_end
-        self._rows = np.zeros((NUM_COLUMNS, 0))
+        self._rows = RunningRows(capacity=info.max_num_seqs, num_ranks=num_ranks, page_size=info.page_size)
         self._running: list[SimChunk] = []
         self._waiting: list[SimChunk] = []
         self._num_arrived = 0
@@ -141,9 +150,9 @@ class SimInstance:
         self._stall_s -= stalled
         if now >= self.next_event_s and self._ends_segment:
             self._step(self._segment.steps)  # All of them, however time was rounded.
+            self._finish_chunks()
         elif self._segment.steps and elapsed > stalled:
             self._step(self._segment.steps_in(elapsed - stalled))
-        self._finish_chunks()
 
     def collect(self) -> list[ChunkFinished]:
         """The chunks that ended since the last call, in the order in which they were admitted."""
@@ -156,7 +165,7 @@ class SimInstance:
         while (youngest := self._overflowing()) is not None:
             self._preempt(youngest)
         self._plan_segment()
-        used = float(self._used().sum())
+        used = float(self._rows.used().sum())
         self.counters.max_kv_tokens = max(self.counters.max_kv_tokens, used)
         if self._on_change is not None:
             share = used / (self._rank_tokens * self._num_ranks)
@@ -172,7 +181,7 @@ class SimInstance:
         while self._waiting and len(self._running) < self.info.max_num_seqs:
             item = self._waiting[0]
             reserved = item.chunk.num_reserved_pages * self.info.page_size
-            free = self._rank_tokens - self._used()
+            free = self._rank_tokens - self._rows.used()
             rank = int(free.argmax())
             is_empty = free[rank] >= self._rank_tokens
             spare = 0.0 if reserved or is_empty else self.info.page_size + SPARE_SHARE * self._rank_tokens
@@ -197,7 +206,7 @@ class SimInstance:
         row = (
             item.context,
             left,
-            1.0,
+            0.0,
             luck,
             rank,
             reserved,
@@ -206,34 +215,23 @@ class SimInstance:
             is_probe,
             item.chunk.num_prompt_tokens,
         )
-        self._rows = np.column_stack((self._rows, row))
+        self._rows.add(row)
         self._running.append(item)
-
-    def _used(self) -> np.ndarray:
-        """Tokens of room taken in each rank: float64 [ranks]; half of a growing request's last page is empty."""
-        reserved = self._rows[RESERVED]
-        used = np.where(reserved > 0, reserved, self._rows[CONTEXT] + self.info.page_size / 2)
-        if self._num_ranks == 1:
-            return used.sum(keepdims=True)
-        return np.bincount(self._rows[RANK].astype(np.int64), used, minlength=self._num_ranks)
 
     def _overflowing(self) -> int | None:
         """The youngest growing request of a rank that cannot take another step; None if all can."""
         rows = self._rows
-        if not len(self._running) or rows[RESERVED].all():
+        if not rows.num_growing:
             return None
-        growing = rows[RESERVED] == 0
-        demand = self._used()
-        demand += np.bincount(rows[RANK].astype(np.int64), np.where(growing, rows[RATE], 0), minlength=self._num_ranks)
-        for rank in np.flatnonzero(demand > self._rank_tokens):
-            members = np.flatnonzero(growing & (rows[RANK] == rank))
+        for rank in np.flatnonzero(rows.used() + rows.growth() > self._rank_tokens):
+            members = np.flatnonzero((rows[RESERVED] == 0) & (rows[RANK] == rank))
             if len(members) > 1:
                 return int(max(members, key=lambda row: self._running[row].order))
         return None
 
     def _preempt(self, row: int) -> None:
         item = self._running[row]
-        item.context = float(self._rows[CONTEXT, row])
+        item.context = float(self._rows[CONTEXT][row])
         item.num_to_prefill = int(item.context) - 1
         item.ready_s = self.now
         self.counters.num_preemptions += 1
@@ -241,13 +239,12 @@ class SimInstance:
         if self._on_end is not None:
             self._on_end(self.info.instance_id, item, self.now)
         item.started_s = -1.0
-        self._drop(np.array([row]))
+        self._drop(row)
         bisect.insort(self._waiting, item, key=lambda item: item.order)
 
-    def _drop(self, rows: np.ndarray) -> None:
-        self._rows = np.delete(self._rows, rows, axis=1)
-        for row in rows[::-1]:
-            del self._running[row]
+    def _drop(self, row: int) -> None:
+        self._rows.drop(row)
+        del self._running[row]
 
     def _plan_segment(self) -> None:
         rows = self._rows
@@ -261,14 +258,10 @@ class SimInstance:
         self._plan_rates(num_seqs, context)
         rates = rows[RATE][self._active]
         steps = float((rows[LEFT][self._active] / rates).min())
-        if not rows[RESERVED].all():
-            growing = self._active & (rows[RESERVED] == 0)
-            growth = np.bincount(
-                rows[RANK].astype(np.int64), np.where(growing, rows[RATE], 0), minlength=self._num_ranks
-            )
-            room = self._rank_tokens - self._used()
+        if rows.num_growing:
+            room = self._rank_tokens - rows.used()
             # The last request of a rank always has room: it fits alone.
-            steps = min([steps, *(float(r / g) for r, g in zip(room, growth, strict=True) if g and r > g)])
+            steps = min([steps, *(float(r / g) for r, g in zip(room, rows.growth(), strict=True) if g and r > g)])
         if self._verification is not None:
             steps = min(steps, MAX_STEPS)
         first_s = self._time(num_seqs, context)
@@ -291,18 +284,18 @@ class SimInstance:
         """Choose drafts, or keep those of a few steps ago: a new request then goes as fast as the others' mean."""
         rows = self._rows
         if self._speculation is None:
-            rows[RATE] = 1.0
+            rows[RATE][:] = 1.0
             return
         since_steps, planned_seqs = self.counters.num_steps - self._planned[0], self._planned[1]
         if since_steps < FRESH_STEPS and abs(num_seqs - planned_seqs) <= FRESH_SHARE * planned_seqs:
             is_new = rows[RATE] == 0
             if is_new.any():
-                rows[RATE, is_new] = rows[RATE].sum() / max(1, len(is_new) - is_new.sum()) or 1.0
+                rows[RATE][is_new] = rows[RATE].sum() / max(1, len(is_new) - is_new.sum()) or 1.0
             if self._verification is not None:
                 num_tokens = round(self._planned[2] * num_seqs)
                 self._verification = self._verification._replace(num_tokens=num_tokens)
             return
-        active = rows[:, self._active]
+        active = rows.where(self._active)
         batch = DraftingBatch(
             groups=active[GROUP].astype(np.int64),
             indices=active[INDEX].astype(np.int64),
@@ -312,13 +305,13 @@ class SimInstance:
             mean_context=context,
         )
         self._verification = self._speculation.plan(batch)
-        rows[RATE] = 1.0
+        rows[RATE][:] = 1.0
         num_tokens = num_seqs
         if self._verification is not None:
             rates, variances, num_tokens = self._verification
             # The mean of a chunk's steps is off by its luck: normal, with the standard error of the mean.
             steps = np.maximum(active[LEFT] / rates, 1.0)
-            rows[RATE, self._active] = np.maximum(rates + active[NOISE] * np.sqrt(variances / steps), 0.5)
+            rows[RATE][self._active] = np.maximum(rates + active[NOISE] * np.sqrt(variances / steps), 0.5)
         self._planned = (self.counters.num_steps, num_seqs, num_tokens / num_seqs)
 
     def _time(self, num_seqs: int, context: float) -> float:
@@ -328,9 +321,9 @@ class SimInstance:
 
     def _step(self, steps: float) -> None:
         rows, counters = self._rows, self.counters
-        gained = np.where(self._active, steps * rows[RATE], 0.0)
-        rows[CONTEXT] += gained
-        rows[LEFT] -= gained
+        gained = steps * rows[RATE] * self._active
+        rows[CONTEXT][:] += gained
+        rows[LEFT][:] -= gained
         self._segment.take(steps)
         counters.num_steps += steps
         num_active = int(self._active.sum())
@@ -348,37 +341,9 @@ class SimInstance:
             return
         for row in gone:
             item = self._running[row]
-            self._finished.append(self._result(item))
+            self._finished.append(item.result(self.info.instance_id, self._true_length(item.chunk)))
             if self._on_end is not None:
                 self._on_end(self.info.instance_id, item, self.now)
-        self._drop(gone)
+        for row in gone[::-1]:
+            self._drop(row)
         self._segment, self._ends_segment = Segment(), False  # Of a batch that is no more; `plan` lays out the next.
-
-    def _result(self, item: SimChunk) -> ChunkFinished:
-        chunk, num_new = item.chunk, item.num_new
-        num_tokens = len(chunk.token_ids) + num_new
-        reason = "chunk" if num_tokens - chunk.num_prompt_tokens < self._true_length(chunk) else "stop"
-        if num_tokens == chunk.max_total_tokens:
-            reason = "length"
-        kv = KVHandle(num_tokens=num_tokens - 1, policy_version=chunk.policy_version, ref=self.info.instance_id)
-        return ChunkFinished(
-            instance_id=self.info.instance_id,
-            request_id=chunk.request_id,
-            chunk_index=chunk.chunk_index,
-            token_ids=_blank(num_new, np.int32),
-            logprobs=_blank(num_new, np.float32),
-            finish_reason=reason,
-            policy_version=chunk.policy_version,
-            kv=kv if reason == "chunk" else None,
-        )
-
-
-_BLANKS: dict[type, np.ndarray] = {}
-
-
-def _blank(size: int, dtype: type) -> np.ndarray:
-    """Zeros, all views of one array: a simulated token has no value."""
-    blank = _BLANKS.get(dtype)
-    if blank is None or len(blank) < size:
-        blank = _BLANKS[dtype] = np.zeros(max(size, 1 << 17), dtype)
-    return blank[:size]
