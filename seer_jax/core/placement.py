@@ -33,6 +33,11 @@ class InstanceLoad:
         return min(self.info.max_model_len, self.info.num_total_pages * self.info.page_size)
 
     @property
+    def num_free_pages(self) -> int:
+        """Pages that no running chunk has reserved."""
+        return self.info.num_total_pages - self.num_reserved_pages
+
+    @property
     def is_full(self) -> bool:
         """Whether all slots are taken by running chunks."""
         return len(self.in_flight) - len(self.queued) >= self.info.max_num_seqs
@@ -69,7 +74,7 @@ class InstanceLoad:
         return replace(self, in_flight=dict(self.in_flight), queued=list(self.queued))
 
     def _has_room(self, num_pages: int) -> bool:
-        return not self.is_full and self.num_reserved_pages + num_pages <= self.info.num_total_pages
+        return not self.is_full and num_pages <= self.num_free_pages
 
 
 def choose_instance(

@@ -27,8 +27,10 @@ MIN_BETWEEN = 0.1
 """Least variance between groups, in that within: a group says something even where few have finished."""
 MODEL_GROWTH = 1.5
 """The model is remade when there are so many times the finished requests that it was made from, and a prior's more."""
-NEWTON_STEPS, NEWTON_TOLERANCE = 3, 0.01
-"""At most so many steps a refresh; it starts where the last one ended. 0.01 in a log length is 1 %."""
+NEWTON_STEPS = 3
+"""At most so many steps a refresh; it starts where the last one ended."""
+TOLERANCE = 0.02
+"""A group's mean is not moved by less; 0.02 in a log length is 2 %."""
 UNINFORMATIVE = -2.0
 """Progress so many standard deviations from the group's mean says next to nothing: its hazard is below 0.06."""
 
@@ -70,7 +72,10 @@ class PosteriorEstimator:
             assert group.mean_log is not None
             if log < group.mean_log + UNINFORMATIVE * math.sqrt(lengths.model.within):
                 return ()
-        group.mean_log = _mean_log(group, lengths.model)
+        mean_log = _mean_log(group, lengths.model)
+        if group.mean_log is not None and abs(mean_log - group.mean_log) < TOLERANCE:
+            return ()  # Re-ordering a group costs more than so small a change is worth.
+        group.mean_log = mean_log
         return (request_id.group_id,)
 
     def estimate(self, request: RolloutRequest, lengths: LengthContext) -> int:
@@ -116,7 +121,7 @@ def _mean_log(group: GroupContext, model: LengthModel) -> float:
                 curvature += hazard * (hazard - deviation) / model.within
         step = slope / curvature
         estimate += step
-        if abs(step) < NEWTON_TOLERANCE:
+        if abs(step) < TOLERANCE:
             break
     return estimate
 

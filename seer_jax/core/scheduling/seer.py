@@ -67,16 +67,20 @@ class SeerPolicy:
     ) -> Decision | None:
         """Find what can start at once although the request's whole chunk cannot: less of it, or one behind it."""
         places = [load for load in loads.values() if load.can_start(1)]
-        if not places:
-            return None
+        # What needs more than the emptiest has left is not even tried: this runs whenever the cluster is full.
+        room = max((load.num_free_pages * load.info.page_size for load in places), default=0)
         max_chunk_tokens = self._chunk_tokens(request)
         while self.min_chunk_size and max_chunk_tokens > self.min_chunk_size:
             max_chunk_tokens = max(max_chunk_tokens // 2, self.min_chunk_size)
+            if request.num_tokens + max_chunk_tokens > room:
+                continue
             decision = self._fit(request, places, max_chunk_tokens, 0)
             if decision is not None:
                 return replace(decision, fired=("adaptive_chunk",))
-        if self.backfill_depth and may_pass:
+        if self.backfill_depth and may_pass and room:
             for other in buffer.probes_then_longest(self.backfill_depth + 1)[1:]:
+                if other.num_tokens + self._chunk_tokens(other) > room:
+                    continue
                 decision = self._fit(other, places, self._chunk_tokens(other), 0)
                 if decision is not None:
                     return replace(decision, fired=("backfill",))
