@@ -257,7 +257,7 @@ class SimInstance:
         num_seqs, context = self._fullest()
         self._plan_rates(num_seqs, context)
         rates = rows[RATE][self._active]
-        steps = float((rows[LEFT][self._active] / rates).min())
+        steps = max(float((rows[LEFT][self._active] / rates).min()), EPSILON / 2)  # It may be at its end by rounding.
         if rows.num_growing:
             room = self._rank_tokens - rows.used()
             # The last request of a rank always has room: it fits alone.
@@ -336,8 +336,8 @@ class SimInstance:
             self._progress[rows[GROUP].astype(np.int64), rows[INDEX].astype(np.int64)] += gained
 
     def _finish_chunks(self) -> None:
-        gone = np.flatnonzero(self._rows[LEFT] < EPSILON)
-        if not len(gone):
+        gone = np.flatnonzero(self._rows[LEFT] < EPSILON).tolist()
+        if not gone:
             return
         for row in gone:
             item = self._running[row]

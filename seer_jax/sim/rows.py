@@ -1,5 +1,7 @@
 """The requests that run on a simulated instance, as columns of numbers."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 CONTEXT, LEFT, RATE, NOISE, RANK, RESERVED, READY, GROUP, INDEX, PROBE, PROMPT = range(NUM_COLUMNS := 11)
@@ -39,7 +41,7 @@ class RunningRows:
         """All columns of some rows: float64 [NUM_COLUMNS, n], a copy."""
         return self._store[:, : self._size][:, chosen]
 
-    def add(self, row: tuple[float, ...]) -> None:
+    def add(self, row: Sequence[float | int]) -> None:
         """Append a request, its columns in order."""
         self._store[:, self._size] = row
         self._size += 1
