@@ -63,7 +63,7 @@ ABOVE_ZERO = (
 """Settings that zero makes meaningless."""
 
 MAX_DRAFT_TOKENS = 32
-"""Bits of a node's mask of ancestors (`kernels_pallas.mla_attention`)."""
+"""Bits of a node's mask of ancestors: `kernels_pallas.mla_attention.MASK_BITS`, which this layer must not import."""
 RESERVED_PAGES = 1
 """Page 0 takes the writes of padding rows and is never handed out."""
 
