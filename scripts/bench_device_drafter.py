@@ -108,7 +108,7 @@ def build(*, model: DecoderConfig, size: int, length: int, stop: int, k: int) ->
                 parent=flat(jnp.where(used & (column > 0), row[:, None] * width + column - 1, -1)),
                 column=flat(jnp.where(used, column, -1)),
             )
-            hidden, caches = _run_model(params, caches, tokens, ends - 1, tables, config=model, shape=shape)
+            hidden, caches, _ = _run_model(params, caches, tokens, ends - 1, tables, config=model, shape=shape)
             owner = tokens.request
             ones = jnp.ones(size * width)
             drawn, logprobs = sample(

@@ -25,9 +25,9 @@ def mla_attention(
 
     All heads read the same rows: keys are the whole row, values its first `value_width` columns (absorbed MLA). A slot
     is a row's place in its request, counted through the block table. Row t of tile n sees every slot below
-    limits[n, t], and of the 32 slots from tree_start[n] on those whose bit of tree_mask[n, t] is set, lowest bit first.
-    Decode and prompt slices have limit = position + 1 and no mask; nodes of a draft tree have their ancestors' and
-    their own bits.
+    limits[n, t], and of the `MASK_BITS` slots from tree_start[n] on those whose bit of tree_mask[n, t] is set, lowest
+    bit first. Decode and prompt slices have limit = position + 1 and no mask; nodes of a draft tree have their
+    ancestors' and their own bits.
 
     Args:
         q: Queries in latent space, [tile, row, head, row width].

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.mla_attention.mask import MASK_BITS
+
 
 def mla_attention_reference(q, cache, block_tables, limits, tree_start, tree_mask, *, value_width, scale):
     """See `mla_attention`. Softmax in float32 over the whole context of each query on its own."""
@@ -14,7 +16,7 @@ def mla_attention_reference(q, cache, block_tables, limits, tree_start, tree_mas
         scores = query.astype(jnp.float32) @ rows.T * scale
         slot = jnp.arange(rows.shape[0])
         node = slot - start
-        in_tree = (node >= 0) & (node < 32) & ((mask >> node.astype(jnp.uint32)) & 1 == 1)
+        in_tree = (node >= 0) & (node < MASK_BITS) & ((mask >> node.astype(jnp.uint32)) & 1 == 1)
         weights = jax.nn.softmax(jnp.where((slot < limit) | in_tree, scores, -jnp.inf), axis=-1)
         return jnp.where(limit > 0, weights @ rows[:, :value_width], 0.0).astype(q.dtype)
 

@@ -8,6 +8,8 @@ blocks, not its length times the batch, and one program serves every context len
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.mla_attention.mask import MASK_BITS
+
 BLOCK_TOKENS = 128
 """Least context of a work item: 40 KB of float32 rows 80 wide, well inside a core's cache."""
 MAX_BLOCKS = 64
@@ -34,7 +36,7 @@ def mla_attention_xla(q, cache, block_tables, limits, tree_start, tree_mask, *, 
 
     last = jnp.max(limits, axis=1)
     if tree_mask is not None:
-        highest = 32 - jax.lax.clz(tree_mask).astype(jnp.int32)
+        highest = MASK_BITS - jax.lax.clz(tree_mask).astype(jnp.int32)
         last = jnp.maximum(last, jnp.max(jnp.where(tree_mask > 0, tree_start[:, None] + highest, 0), axis=1))
         masks = jnp.repeat(tree_mask, heads, axis=1)
     num_blocks = -(-last // block_tokens)
@@ -50,8 +52,8 @@ def mla_attention_xla(q, cache, block_tables, limits, tree_start, tree_mask, *, 
         is_seen = slot[:, None] < visible[tile][:, :, None]
         if tree_mask is not None:
             node = slot - tree_start[tile][:, None]
-            bits = masks[tile][:, :, None] >> jnp.clip(node, 0, 31).astype(jnp.uint32)[:, None]
-            is_seen |= ((node >= 0) & (node < 32))[:, None] & (bits & 1 == 1)
+            bits = masks[tile][:, :, None] >> jnp.clip(node, 0, MASK_BITS - 1).astype(jnp.uint32)[:, None]
+            is_seen |= ((node >= 0) & (node < MASK_BITS))[:, None] & (bits & 1 == 1)
         scores = jnp.einsum("iqw,ikw->iqk", queries[tile], context, preferred_element_type=jnp.float32)
         scores = jnp.where(is_seen, scores * scale, -jnp.inf)
         # A row may see nothing of the tile's last block.

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from seer_jax.cli.options import RolloutOptions, TrainOptions
@@ -46,6 +47,8 @@ from seer_jax.weights.checkpoint import load_checkpoint, load_config, save_check
 
 EVENTS_FILE = "events.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+EXPERT_IDS_FILE = "expert_ids.npz"
+"""Beside the samples, with `engine.expert_ids`: an array `<group id>-<index>` for each (`core.types.Sample`)."""
 MODEL_DIRECTORY = "model"
 PROFILE_REPEATS = 50
 """Runs of every program of which `seer-jax profile` takes the fastest."""
@@ -208,7 +211,7 @@ def _roll_out_once(
 
 
 def _write_samples(file: Path, samples: list[Sample]) -> None:
-    """One JSON object a line: prompt and response as text and tokens."""
+    """One JSON object a line: prompt and response as text and tokens; expert ids, if any, in a file beside."""
     with MetricsWriter(file) as writer:
         for sample in samples:
             writer.write(
@@ -224,6 +227,9 @@ def _write_samples(file: Path, samples: list[Sample]) -> None:
                     "logprobs": sample.logprobs.tolist(),
                 }
             )
+    experts = {f"{s.request_id.group_id}-{s.request_id.index}": s.expert_ids for s in samples}
+    if all(ids is not None for ids in experts.values()):
+        np.savez_compressed(file.with_name(EXPERT_IDS_FILE), **experts)
 
 
 def _load(config: RunConfig) -> tuple[Task, DecoderConfig, Params]:

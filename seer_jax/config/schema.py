@@ -103,6 +103,8 @@ class EngineConfig:
     """Decode steps run on device before the host looks again, while no request needs it."""
     deterministic: bool = False
     """One step shape instead of buckets: the same bits whatever the batch, chunking or placement. Slower."""
+    expert_ids: bool = False
+    """Return with every response token which experts computed its distribution, for `train.replay_routing`."""
     compilation_cache_dir: str | None = "~/.cache/seer_jax/xla"
     """Compiled programs are kept here between runs; null = nowhere."""
 
@@ -184,6 +186,8 @@ class TrainConfig:
     """Optimizer updates per iteration; 1 is strictly on-policy."""
     tokens_per_microbatch: int = 8192
     """Padded tokens per gradient-accumulation step; bounds the learner's memory."""
+    replay_routing: bool = False
+    """Send the learner's tokens to the experts that the rollout chose; needs `engine.expert_ids`."""
     remat: bool = False
     """Recompute layers in the backward pass: a third more time, far less memory. For long sequences."""
     eval_samples: int = 1

@@ -65,7 +65,7 @@ ABOVE_ZERO = (
 """Settings that zero makes meaningless."""
 
 MAX_DRAFT_TOKENS = 32
-"""Bits of a node's mask of ancestors (`kernels_pallas.mla_attention`)."""
+"""Bits of a node's mask of ancestors: `kernels_pallas.mla_attention.MASK_BITS`, which this layer must not import."""
 RESERVED_PAGES = 1
 """Page 0 takes the writes of padding rows and is never handed out."""
 
@@ -164,6 +164,8 @@ def _check_run_dir(template: str) -> None:
 
 def _check_training(config: RunConfig) -> None:
     sampling, rollout, train = config.sampling, config.rollout, config.train
+    if train.replay_routing and not config.engine.expert_ids:
+        raise ConfigError("train.replay_routing", "is true, but engine.expert_ids is false", "make both true")
     for path, value, right, needed in (
         ("sampling.top_p", sampling.top_p, sampling.top_p == 1, "1"),
         ("sampling.top_k", sampling.top_k, sampling.top_k == 0, "0"),

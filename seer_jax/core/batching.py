@@ -14,7 +14,7 @@ import numpy as np
 
 from seer_jax.core.errors import ProtocolError
 from seer_jax.core.kv.page_pool import PagePool
-from seer_jax.core.sequence import Sequence
+from seer_jax.core.sequence import NewTokens, Sequence
 from seer_jax.core.types import InstanceInfo, InstanceStatus, RequestChunk, RequestId
 
 
@@ -154,12 +154,12 @@ class BatchPlanner:
         copies = [copy for pages in copied.values() for copy in pages]
         return StepPlan(decodes=decodes, prefills=prefills, num_steps=1 if is_prefilling else num_steps, copies=copies)
 
-    def commit(self, plan: StepPlan, emitted: dict[Sequence, tuple[np.ndarray, np.ndarray]]) -> list[Sequence]:
+    def commit(self, plan: StepPlan, emitted: dict[Sequence, NewTokens]) -> list[Sequence]:
         """Book what a dispatch computed.
 
         Args:
             plan: What was run.
-            emitted: New token ids and log-probabilities of every sequence that sampled.
+            emitted: What every sequence that sampled says.
 
         Returns:
             Sequences that finished; they keep their pages until `release`.
@@ -171,9 +171,9 @@ class BatchPlanner:
             self.num_reprefilled_tokens += again
             self.num_prefilled_tokens += piece.count
         finished = []
-        for sequence, (token_ids, logprobs) in emitted.items():
-            sequence.extend(token_ids, logprobs)
-            self.num_generated_tokens += len(token_ids)
+        for sequence, new in emitted.items():
+            sequence.extend(new)
+            self.num_generated_tokens += len(new.token_ids)
             if sequence.finish_reason is not None:
                 finished.append(sequence)
         return finished

@@ -6,6 +6,7 @@ from seer_jax.core.errors import CapacityError, ConfigError, InstanceLostError, 
 from seer_jax.core.events import ChunkFinished
 from seer_jax.core.kv.page_pool import pages_for_tokens
 from seer_jax.core.placement import InstanceLoad
+from seer_jax.core.request import RolloutRequest
 from seer_jax.core.types import MAX_STOP_TOKENS, RequestChunk, RolloutGroup
 
 
@@ -60,15 +61,17 @@ def _check_group(group: RolloutGroup, loads: Sequence[InstanceLoad]) -> None:
         raise CapacityError(needs, needed, largest.num_total_pages, "KV pages", hint)
 
 
-def check_chunk_result(event: ChunkFinished, chunk: RequestChunk) -> None:
+def check_chunk_result(event: ChunkFinished, chunk: RequestChunk, request: RolloutRequest) -> None:
     """Check that a result is one that the chunk in flight can have.
 
     Args:
         event: What an instance returned.
         chunk: The chunk of that request in flight there.
+        request: The request with its earlier chunks.
 
     Raises:
-        ProtocolError: Another chunk or policy version, a number of tokens or a finish reason that cannot be.
+        ProtocolError: Another chunk or policy version, a number of tokens or a finish reason that cannot be; expert ids
+            of another number of tokens or layers, or in some chunks only.
     """
     name = f"chunk {event.chunk_index} of {event.request_id} from instance {event.instance_id}"
     if event.chunk_index != chunk.chunk_index:
@@ -81,6 +84,7 @@ def check_chunk_result(event: ChunkFinished, chunk: RequestChunk) -> None:
             f"{name} has {num_new} tokens and {len(event.logprobs)} log-probabilities; 1 to {chunk.max_chunk_tokens} "
             "of both are due"
         )
+    _check_expert_ids(event, request, name)
     num_tokens = len(chunk.token_ids) + num_new
     is_at_limit = num_tokens == chunk.max_total_tokens
     # A stop token may be the last one allowed, so "stop" is possible at any length.
@@ -92,3 +96,12 @@ def check_chunk_result(event: ChunkFinished, chunk: RequestChunk) -> None:
     # The last token is sampled but not yet computed: with its KV, too, the next chunk would have nothing to start from.
     if event.kv is not None and event.kv.num_tokens >= num_tokens:
         raise ProtocolError(f"{name} has KV of {event.kv.num_tokens} tokens, at most {num_tokens - 1} can be computed")
+
+
+def _check_expert_ids(event: ChunkFinished, request: RolloutRequest, name: str) -> None:
+    shape = None if event.expert_ids is None else event.expert_ids.shape
+    if shape is not None and shape[0] != len(event.token_ids):
+        raise ProtocolError(f"{name} has {len(event.token_ids)} tokens and expert ids of {shape[0]}")
+    before = request.expert_id_deltas[0].shape if request.expert_id_deltas else None
+    if request.token_deltas and (before and before[1:]) != (shape and shape[1:]):
+        raise ProtocolError(f"{name} has expert ids {shape}, the request's first chunk {before}")

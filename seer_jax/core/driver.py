@@ -200,9 +200,9 @@ class RolloutDriver:
         chunk = load.in_flight.get(event.request_id)
         if request is None or chunk is None:
             raise ProtocolError(f"no chunk of {event.request_id} is in flight at instance {event.instance_id}")
-        check_chunk_result(event, chunk)
+        check_chunk_result(event, chunk, request)
         load.remove(event.request_id)
-        request.append(event.token_ids, event.logprobs)
+        request.append(event.token_ids, event.logprobs, event.expert_ids)
         request.kv = event.kv
         if event.finish_reason == "chunk":
             self.buffer.put(request)

@@ -19,7 +19,8 @@ class ConfigError(SeerError):
     """A value that the user gave is wrong; names the field, the value and the fix.
 
     Args:
-        path: Dotted path of the field, as on the command line (`engine.num_pages`).
+        path: Dotted path of the field, as on the command line (`engine.num_pages`); of what is no setting, the class
+            and its argument (`SpeculationArgs.top_k`).
         message: What is wrong, with the value in it.
         hint: What to do about it.
     """

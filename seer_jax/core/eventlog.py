@@ -30,7 +30,7 @@ _EVENTS = (InstanceJoined, InstanceLost, GroupsSubmitted, ChunkFinished, Instanc
 _COMMANDS = (StartChunk, EmitSample, IterationDone)
 _PARTS = (InstanceInfo, InstanceStatus, KVHandle, RequestChunk, RolloutGroup, Sample, SamplingParams)
 _CLASSES = {cls.__name__: cls for cls in (*_EVENTS, *_COMMANDS, *_PARTS)}
-_DTYPES = {"token_ids": np.int32, "prompt_token_ids": np.int32, "logprobs": np.float32}
+_DTYPES = {"token_ids": np.int32, "prompt_token_ids": np.int32, "logprobs": np.float32, "expert_ids": np.int16}
 
 
 def encode_event(event: Event) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _decode(data: dict[str, Any]) -> Any:
 def _decode_field(name: str, value: Any) -> Any:
     if isinstance(value, dict):
         return _decode(value)
-    if name in _DTYPES:
+    if name in _DTYPES and value is not None:
         return np.asarray(value, _DTYPES[name])
     if name == "request_id":
         return RequestId(*value)

@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from seer_jax.core.types import InstanceInfo, InstanceStatus, KVHandle, Logprobs, RequestId, RolloutGroup, TokenIds
+from seer_jax.core.types import (
+    ExpertIds,
+    InstanceInfo,
+    InstanceStatus,
+    KVHandle,
+    Logprobs,
+    RequestId,
+    RolloutGroup,
+    TokenIds,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +49,7 @@ class ChunkFinished:
         logprobs: One for each of them.
         finish_reason: "stop", "length" (both end the request) or "chunk" (goes back to the buffer).
         policy_version: Weights that ran.
+        expert_ids: Those behind each of them, see `Sample`; None unless `engine.expert_ids`.
         kv: Where the KV of the paused request is; None when the request ended or the KV was not kept.
     """
 
@@ -50,6 +60,7 @@ class ChunkFinished:
     logprobs: Logprobs
     finish_reason: str
     policy_version: int
+    expert_ids: ExpertIds | None = None
     kv: KVHandle | None = None
 
 

@@ -9,6 +9,7 @@ token has its place in the run (`OFFSET`, also that of its KV), its depth (the p
 branches share), and what it sees: the slots below `LIMIT` and those of its ancestors in the tree (`MASK`).
 """
 
+import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 
 from seer_jax.core.batching import StepPlan
 from seer_jax.core.draft.speculate import DraftBatch
-from seer_jax.core.sequence import Sequence
+from seer_jax.core.sequence import NewTokens, Sequence
 from seer_jax.core.step_shapes import StepShape
 from seer_jax.core.types import MAX_STOP_TOKENS
 
@@ -121,14 +122,22 @@ def views(packed: Any, shape: StepShape) -> tuple[Any, Any, Any]:
     )
 
 
-def unpack_outputs(outputs: np.ndarray, num_requests: int) -> tuple[int, list[tuple[np.ndarray, np.ndarray]]]:
-    """Steps run, and of each request the token ids and log-probabilities that it emitted, from a program's output."""
-    table = outputs[1:].reshape(num_requests, -1)
-    width = (table.shape[1] - 1) // 2
-    floats = table[:, 1 + width :].view(np.float32)
-    return int(outputs[0]), [
-        (row[1 : 1 + row[0]], logprobs[: row[0]]) for row, logprobs in zip(table, floats, strict=True)
-    ]
+def expert_words(shape: StepShape) -> int:
+    """Words that the expert ids of a token take in a program's output: two ids each."""
+    return 0 if shape.expert_ids is None else -(-math.prod(shape.expert_ids) // 2)
+
+
+def unpack_outputs(outputs: np.ndarray, shape: StepShape) -> tuple[int, list[NewTokens]]:
+    """Steps run, and what each request emitted, from the output of a program of that shape (`make_step`)."""
+    table, num_words = outputs[1:].reshape(shape.num_requests, -1), expert_words(shape)
+    width = (table.shape[1] - 1) // (2 + num_words)
+    counts, token_ids = table[:, 0].tolist(), table[:, 1 : 1 + width]
+    logprobs = table[:, 1 + width : 1 + 2 * width].view(np.float32)
+    if shape.expert_ids is None:
+        return int(outputs[0]), [NewTokens(token_ids[i, :n], logprobs[i, :n]) for i, n in enumerate(counts)]
+    halves = table[:, 1 + 2 * width :].reshape(shape.num_requests, width, num_words).view(np.int16)
+    experts = halves[:, :, : math.prod(shape.expert_ids)].reshape(shape.num_requests, width, *shape.expert_ids)
+    return int(outputs[0]), [NewTokens(token_ids[i, :n], logprobs[i, :n], experts[i, :n]) for i, n in enumerate(counts)]
 
 
 def _write_request(line: np.ndarray, floats: np.ndarray, run: Run, num_pages: int) -> None:

@@ -5,7 +5,7 @@ from enum import Enum
 
 import numpy as np
 
-from seer_jax.core.types import KVHandle, Logprobs, RequestId, RolloutGroup, Sample, TokenIds, sampling_key
+from seer_jax.core.types import ExpertIds, KVHandle, Logprobs, RequestId, RolloutGroup, Sample, TokenIds, sampling_key
 
 
 class RequestState(Enum):
@@ -33,6 +33,7 @@ class RolloutRequest:
         state: Waiting, running or finished.
         token_deltas: Generated tokens, one array per returned chunk.
         logprob_deltas: Their log-probabilities, likewise.
+        expert_id_deltas: Their expert ids, likewise; empty if not asked for.
         num_generated: Tokens in `token_deltas`.
         num_chunks: Chunks started, those lost with an instance included; also the index of the next one.
         instance_id: Where its last chunk was sent; None before the first.
@@ -49,6 +50,7 @@ class RolloutRequest:
     state: RequestState = RequestState.WAITING
     token_deltas: list[TokenIds] = field(default_factory=list)
     logprob_deltas: list[Logprobs] = field(default_factory=list)
+    expert_id_deltas: list[ExpertIds] = field(default_factory=list)
     num_generated: int = 0
     num_chunks: int = 0
     instance_id: int | None = None
@@ -75,15 +77,18 @@ class RolloutRequest:
         """Tokens that may still be generated."""
         return self.group.sampling.max_tokens - self.num_generated
 
-    def append(self, token_ids: TokenIds, logprobs: Logprobs) -> None:
+    def append(self, token_ids: TokenIds, logprobs: Logprobs, expert_ids: ExpertIds | None = None) -> None:
         """Add what a chunk generated.
 
         Args:
             token_ids: int32 [n].
             logprobs: float32 [n].
+            expert_ids: int16 [n, MoE layers, experts per token], or None in all chunks.
         """
         self.token_deltas.append(token_ids)
         self.logprob_deltas.append(logprobs)
+        if expert_ids is not None:
+            self.expert_id_deltas.append(expert_ids)
         self.num_generated += len(token_ids)
 
     def token_ids(self) -> TokenIds:
@@ -105,11 +110,17 @@ class RolloutRequest:
             finish_reason=self.finish_reason,
             policy_version=policy_version,
             num_chunks=self.num_chunks,
+            expert_ids=np.concatenate(self.expert_id_deltas) if self.expert_id_deltas else None,
         )
 
     def copy(self) -> "RolloutRequest":
         """Copy the progress; the arrays are shared, since nobody writes to them."""
-        return replace(self, token_deltas=list(self.token_deltas), logprob_deltas=list(self.logprob_deltas))
+        return replace(
+            self,
+            token_deltas=list(self.token_deltas),
+            logprob_deltas=list(self.logprob_deltas),
+            expert_id_deltas=list(self.expert_id_deltas),
+        )
 
 
 def split_groups(groups: tuple[RolloutGroup, ...]) -> list[RolloutRequest]:

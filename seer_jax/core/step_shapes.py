@@ -28,6 +28,7 @@ class StepShape:
             drawn after every query token.
         has_trees: Whether drafts may branch.
         truncates: Whether any request asks for top-k or top-p; sorting the vocabulary costs run and compile time.
+        expert_ids: (MoE layers, experts per token) if the experts behind every token are returned with it, else None.
     """
 
     num_requests: int
@@ -38,6 +39,7 @@ class StepShape:
     max_depth: int = 0
     has_trees: bool = False
     truncates: bool = False
+    expert_ids: tuple[int, int] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -57,9 +59,17 @@ class StepBuckets:
         config: Slots, pages, prefill.
         speculation: Drafts; `mode` "off" needs no programs that verify.
         verify_tile: Query tokens of one request that attend together during verification.
+        expert_ids: See `StepShape`.
     """
 
-    def __init__(self, config: EngineConfig, speculation: SpeculationConfig, verify_tile: int = 1) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        speculation: SpeculationConfig,
+        verify_tile: int = 1,
+        expert_ids: tuple[int, int] | None = None,
+    ) -> None:
+        self._expert_ids = expert_ids
         self.max_pages = pages_for_tokens(config.max_model_len, config.page_size)
         self.num_slots = num_slots = config.max_num_seqs
         self._verifies = speculation.mode != "off"
@@ -138,7 +148,7 @@ class StepBuckets:
 
     def _shape(self, **fields: int) -> StepShape:
         defaults = {"num_requests": self.num_slots, "num_rows": 0, "num_tiles": 0, "tile": self.tile}
-        return StepShape(**defaults | {"num_pages": self.max_pages} | fields)
+        return StepShape(**defaults | {"num_pages": self.max_pages, "expert_ids": self._expert_ids} | fields)
 
 
 def truncates(sampling: SamplingParams) -> bool:

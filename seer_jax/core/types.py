@@ -14,6 +14,8 @@ TokenIds = np.ndarray
 """int32 [num_tokens]. Arrays, not tuples: an iteration of Kimi-K2 holds 250 M tokens in the controller."""
 Logprobs = np.ndarray
 """float32 [num_tokens]."""
+ExpertIds = np.ndarray
+"""int16 [num_tokens, MoE layers, experts per token], see `Sample`."""
 
 
 class RequestId(NamedTuple):
@@ -170,6 +172,12 @@ class Sample:
         finish_reason: "stop" (stop token) or "length" (limit reached).
         policy_version: Weights that produced every token.
         num_chunks: Chunks that it took.
+        expert_ids: The experts that the rollout chose, int16 [response tokens, MoE layers, experts per token]; None
+            unless `engine.expert_ids`. Row i is of the very forward pass that response token i was drawn from, whose
+            input is the token before it: row 0 belongs to the prompt's last token, and the last response token, which
+            was never fed in, has no row. So rows lie as `logprobs` do and all are known, whatever was paused, moved,
+            preempted or drafted. The prompt's other tokens have none: their KV may come from a sibling. Dense layers
+            are left out; the experts of a token come in no promised order.
     """
 
     request_id: RequestId
@@ -179,6 +187,7 @@ class Sample:
     finish_reason: str
     policy_version: int
     num_chunks: int
+    expert_ids: ExpertIds | None = None
 
 
 def sampling_key(seed: int, iteration: int, request_id: RequestId) -> int:

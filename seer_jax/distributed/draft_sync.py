@@ -1,6 +1,7 @@
 """The draft server as a Ray actor, and the instance's side of it: asynchronous, never between two decode steps.
 
-Losing a server costs acceptance and nothing else: drafts are verified, wherever they come from.
+Losing a server, or a reply that the client cannot take in, costs acceptance and nothing else: drafts are verified,
+wherever they come from.
 """
 
 import logging
@@ -81,6 +82,10 @@ class DraftSync:
         interval_s: Seconds between two exchanges.
         run_between_steps: Lets the engine's thread make a call and returns its result.
         is_wanted: Whether anything runs whose drafts are worth it; an exchange costs milliseconds of CPU.
+
+    Attributes:
+        num_dropped: Replies that the client failed to take in. Their server is given up like a dead one, until
+            `connect`, since it would send the same again.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class DraftSync:
         self._client, self._interval_s = client, interval_s
         self._run_between_steps, self._is_wanted = run_between_steps, is_wanted
         self._servers: list[Any] = []
+        self.num_dropped = 0
 
     def connect(self, servers: Sequence[Any]) -> None:
         """Use these servers from now on; group g belongs to server g modulo their number."""
@@ -129,8 +135,22 @@ class DraftSync:
                 logging.warning("Draft server %d is lost (%s); its groups draft from this instance", index, error)
                 servers[index] = None  # Until `connect` names another.
                 continue
-            for part in split_reply(reply, MAX_TOKENS_BETWEEN_STEPS):
-                self._run_between_steps(partial(client.apply, part))
+            parts = split_reply(reply, MAX_TOKENS_BETWEEN_STEPS)
+            if not all(self._run_between_steps(partial(self._apply, part)) for part in parts):
+                self.num_dropped += 1
+                servers[index] = None
+
+    def _apply(self, part: ExchangeReply) -> bool:
+        """Let the client take in a reply; False if it failed. What is raised here would end the engine's thread."""
+        try:
+            self._client.apply(part)
+        except Exception:
+            if not self.num_dropped:
+                logging.exception("A reply of the draft servers is dropped; further ones are only counted")
+            # Half of it may have been taken in: everything is built again from the tokens that are known here.
+            self._client.clear(self._client.epoch)
+            return False
+        return True
 
 
 def split_reply(reply: ExchangeReply, max_tokens: int) -> Iterator[ExchangeReply]:

@@ -16,7 +16,7 @@ from seer_jax.core.draft.speculator import Proposal, Speculator
 from seer_jax.core.errors import ProtocolError, TransferError
 from seer_jax.core.events import ChunkFinished
 from seer_jax.core.packing import Run, draft_runs, pack, plan_runs, unpack_outputs
-from seer_jax.core.sequence import Sequence
+from seer_jax.core.sequence import NewTokens, Sequence
 from seer_jax.core.step_shapes import StepBuckets, StepShape, truncates
 from seer_jax.core.types import InstanceInfo, InstanceStatus, KVHandle, RequestChunk, RequestId
 from seer_jax.engine.kv_transfer import HostKV, KVTransfer
@@ -26,8 +26,6 @@ from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import decoder_specs
 from seer_jax.sharding import shardings_for
 
-Emitted = dict[Sequence, tuple[np.ndarray, np.ndarray]]
-"""Token ids and log-probabilities by sequence."""
 NO_SPECULATION = SpeculationConfig()
 EXPIRY_INTERVAL_S = 1.0
 """How often groups that ran out of time are looked for."""
@@ -64,7 +62,7 @@ class Engine:
             mesh: Devices of this instance; None = the default device.
 
         Raises:
-            ConfigError: If the model does not divide over the mesh.
+            ConfigError: If the model does not divide over the mesh, or has no experts whose ids could be returned.
         """
         self.model_config, self.config = model_config, config
         self.info = InstanceInfo(
@@ -75,7 +73,8 @@ class Engine:
             max_model_len=config.max_model_len,
         )
         verify_tile = CPU_VERIFY_TILE if jax.default_backend() == "cpu" else VERIFY_TILE
-        self.buckets = StepBuckets(config, speculation, speculation.verify_tile or verify_tile)
+        expert_ids = model_config.expert_ids_shape if config.expert_ids else None
+        self.buckets = StepBuckets(config, speculation, speculation.verify_tile or verify_tile, expert_ids)
         self.speculator = None if speculation.mode == "off" else Speculator(speculation, self.buckets.verify_tile)
         self._planner = BatchPlanner(
             self.info,
@@ -175,7 +174,7 @@ class Engine:
         self._draft_time_s += time.perf_counter() - started
         return proposal
 
-    def _decode(self, plan: StepPlan) -> Emitted:
+    def _decode(self, plan: StepPlan) -> dict[Sequence, NewTokens]:
         """Run a plan without drafts: prefill slices and one step, or several decode steps."""
         rows, slices = plan_runs(plan)
         most = None if self.speculator is None else self.speculator.max_plain_steps(len(plan.decodes))
@@ -185,14 +184,14 @@ class Engine:
             rows, slices = [*rows, *slices], []
         return self._launch(rows, slices, shape, num_steps)
 
-    def _verify(self, proposal: Proposal, started: float) -> Emitted:
+    def _verify(self, proposal: Proposal, started: float) -> dict[Sequence, NewTokens]:
         """Verify drafts, made from `started` on, in one step; emits what plain decoding would say."""
         runs = draft_runs(proposal.sequences, proposal.batch, proposal.num_nodes)
         shape = self.buckets.pick_verify((len(run.token_ids) for run in runs), _any_truncates(runs))
         device_time_s = self._device_time_s
         emitted = self._launch([], runs, shape, 1) if shape.num_tiles else self._launch(runs, [], shape, 1)
         self._verify_time_s += self._device_time_s - device_time_s
-        said = [token_ids for token_ids, _ in emitted.values()]
+        said = [new.token_ids for new in emitted.values()]
         self.speculator.learn(proposal, said, time.perf_counter() - started)
         self._num_drafted_tokens += int(proposal.num_nodes.sum())
         self._num_accepted_tokens += sum(map(len, said)) - len(runs)
@@ -277,11 +276,12 @@ class Engine:
         self._device_time_s += time.perf_counter() - launched
         return outputs
 
-    def _launch(self, rows: SequenceOf[Run], tiles: SequenceOf[Run], shape: StepShape, num_steps: int) -> Emitted:
-        runs = [*rows, *tiles]
-        steps, emitted = unpack_outputs(self.launch(shape, pack(rows, tiles, shape, num_steps)), shape.num_requests)
+    def _launch(
+        self, rows: SequenceOf[Run], tiles: SequenceOf[Run], shape: StepShape, num_steps: int
+    ) -> dict[Sequence, NewTokens]:
+        steps, emitted = unpack_outputs(self.launch(shape, pack(rows, tiles, shape, num_steps)), shape)
         self._num_steps += steps
-        return {run.sequence: said for run, said in zip(runs, emitted, strict=False) if run.samples}
+        return {run.sequence: new for run, new in zip((*rows, *tiles), emitted, strict=False) if run.samples}
 
     def _reset_measurements(self) -> None:
         self._num_steps = self._num_dispatches = 0
@@ -335,6 +335,7 @@ class Engine:
             chunk_index=chunk.chunk_index,
             token_ids=sequence.token_ids[len(chunk.token_ids) : sequence.num_tokens],
             logprobs=sequence.logprobs[: sequence.num_new],
+            expert_ids=None if sequence.expert_ids is None else sequence.expert_ids[: sequence.num_new],
             finish_reason=reason,
             policy_version=self.policy_version,
             kv=handle,

@@ -55,6 +55,7 @@ class LoopState(NamedTuple):
     has_finished: Bool[Array, ""]
     emitted_ids: Int32[Array, "R K"]
     emitted_logprobs: Float32[Array, "R K"]
+    emitted_experts: Int32[Array, "R K words"] | None
 
 
 @cache
@@ -72,12 +73,13 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int) -> Ste
 
     Returns:
         `step(params, caches, packed) -> (caches, outputs)`. Caches are donated. `outputs` is int32
-        [1 + num_requests * (1 + 2 K)]: steps run; then of every request how many tokens it emitted, the tokens and the
-        bits of their log-probabilities (`core.packing.unpack_outputs`).
+        [1 + num_requests * (1 + 2 K + K * words)]: steps run; then of every request how many tokens it emitted, the
+        tokens, the bits of their log-probabilities and, if `shape.expert_ids`, the experts behind them, two ids a word
+        (`core.packing.unpack_outputs`).
     """
     run_model = partial(_run_model, config=config, shape=shape)
     num_requests, depth = shape.num_requests, shape.max_depth
-    loops = not shape.num_tiles
+    loops, num_words = not shape.num_tiles, packing.expert_words(shape)
 
     def step(params: Params, caches: Caches, packed: Array) -> tuple[Caches, Array]:
         requests, first_position, tokens, last_tokens = _unpack(packed, shape)
@@ -104,7 +106,9 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int) -> Ste
             return Emitted(count, drawn[:, None], logprobs[:, None], at[:, None])
 
         def advance(state: LoopState) -> LoopState:
-            hidden, caches = run_model(params, state.caches, state.tokens, state.first_position, requests.block_tables)
+            hidden, caches, experts = run_model(
+                params, state.caches, state.tokens, state.first_position, requests.block_tables
+            )
             emitted = draw(state, hidden)
             if shape.has_trees:
                 caches = move_accepted(caches, emitted, state.tokens, state.first_position, requests.block_tables)
@@ -113,6 +117,9 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int) -> Ste
             place = jnp.where(column < count[:, None], state.num_emitted[:, None] + column, state.emitted_ids.shape[1])
             emitted_ids = state.emitted_ids.at[row[:, None], place].set(emitted.token_ids, mode="drop")
             emitted_logprobs = state.emitted_logprobs.at[row[:, None], place].set(emitted.logprobs, mode="drop")
+            emitted_experts = state.emitted_experts
+            if emitted_experts is not None:
+                emitted_experts = emitted_experts.at[row[:, None], place].set(experts[emitted.index], mode="drop")
             newest_column = jnp.maximum(count - 1, 0)
             newest = emitted.token_ids[row, newest_column]
             num_emitted = state.num_emitted + count
@@ -131,6 +138,7 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int) -> Ste
                 has_finished=ends.any(),
                 emitted_ids=emitted_ids,
                 emitted_logprobs=emitted_logprobs,
+                emitted_experts=emitted_experts,
             )
 
         num_columns = (max_steps if loops else 1) + depth
@@ -145,6 +153,7 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int) -> Ste
             has_finished=jnp.bool_(False),
             emitted_ids=jnp.zeros((num_requests, num_columns), jnp.int32),
             emitted_logprobs=jnp.zeros((num_requests, num_columns)),
+            emitted_experts=jnp.zeros((num_requests, num_columns, num_words), jnp.int32) if num_words else None,
         )
         if loops:
             state = jax.lax.while_loop(
@@ -153,7 +162,10 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int) -> Ste
         else:
             state = advance(state)
         logprob_bits = jax.lax.bitcast_convert_type(state.emitted_logprobs, jnp.int32)
-        table = jnp.concatenate([state.num_emitted[:, None], state.emitted_ids, logprob_bits], axis=1)
+        parts = [state.num_emitted[:, None], state.emitted_ids, logprob_bits]
+        if state.emitted_experts is not None:
+            parts.append(state.emitted_experts.reshape(num_requests, -1))
+        table = jnp.concatenate(parts, axis=1)
         return state.caches, jnp.concatenate([state.step[None], table.reshape(-1)])
 
     options = CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None
@@ -197,6 +209,13 @@ def _next_tokens(newest: Int32[Array, "R"], is_active: Bool[Array, "R"], shape: 
     )
 
 
+def _pack_experts(expert_ids: list[Array]) -> Int32[Array, "T words"]:
+    """Expert ids [T, K] of all MoE layers as int16, two in a word, the first in the low half."""
+    ids = jnp.concatenate(expert_ids, axis=1).astype(jnp.int16)
+    pairs = jnp.pad(ids, ((0, 0), (0, ids.shape[1] % 2))).reshape(len(ids), -1, 2)
+    return jax.lax.bitcast_convert_type(pairs, jnp.int32)
+
+
 def _run_model(
     params: Params,
     caches: Caches,
@@ -206,8 +225,8 @@ def _run_model(
     *,
     config: DecoderConfig,
     shape: StepShape,
-) -> tuple[Float[Array, "T M"], Caches]:
-    """One forward over the query tokens; returns their hidden states, and the caches."""
+) -> tuple[Float[Array, "T M"], Caches, Int32[Array, "T words"] | None]:
+    """One forward over the query tokens; returns their hidden states, the caches, and their experts if asked for."""
     num_rows, tile = shape.num_rows, shape.tile
     start = first_position[tokens.request]
     is_real = tokens.limit > 0
@@ -237,5 +256,8 @@ def _run_model(
             outputs.append(output.reshape(-1, *output.shape[2:]))
         return mla.unabsorb_values(attention_params, jnp.concatenate(outputs))
 
-    hidden = decoder.forward(params, config, tokens.token_ids, start + tokens.depth, attend)
-    return hidden, new_caches
+    expert_ids: list[Array] = []
+    note_experts = None if shape.expert_ids is None else expert_ids.append
+    positions = start + tokens.depth
+    hidden = decoder.forward(params, config, tokens.token_ids, positions, attend, note_experts=note_experts)
+    return hidden, new_caches, _pack_experts(expert_ids) if expert_ids else None

@@ -114,7 +114,7 @@ def _time_program(programs: StepPrograms, shape: StepShape, context: int, num_st
     rows, tiles = ([], runs) if shape.num_tiles else (runs, [])
 
     def run() -> None:
-        unpack_outputs(programs.launch(shape, pack(rows, tiles, shape, num_steps)), shape.num_requests)
+        unpack_outputs(programs.launch(shape, pack(rows, tiles, shape, num_steps)), shape)
 
     run()
     return min(_seconds(run) for _ in range(repeats))

@@ -126,6 +126,22 @@ class DecoderConfig:
         magnitude = self.rope_scaling.magnitude(self.rope_scaling.mscale_all_dim) if self.rope_scaling else 1.0
         return self.qk_head_dim**-0.5 * magnitude**2
 
+    @property
+    def expert_ids_shape(self) -> tuple[int, int]:
+        """Shape of the expert ids of a token: MoE layers, experts per token.
+
+        Raises:
+            ConfigError: If the model has no MoE layer, or ids that do not fit int16; names `engine.expert_ids`.
+        """
+        num_layers, most = self.num_hidden_layers - self.first_k_dense_replace, 2**15
+        if num_layers <= 0:
+            problem = f"the model has none: first_k_dense_replace makes all {self.num_hidden_layers} layers dense"
+            raise ConfigError("engine.expert_ids", problem, "give false")
+        if self.n_routed_experts > most:
+            problem = f"the model has {self.n_routed_experts} experts, above the {most} that int16 can name"
+            raise ConfigError("engine.expert_ids", problem, "give false")
+        return num_layers, self.num_experts_per_tok
+
     def is_moe_layer(self, layer_index: int) -> bool:
         """Say whether a layer routes to experts (True) or has one dense MLP."""
         return layer_index >= self.first_k_dense_replace

@@ -19,6 +19,8 @@ from seer_jax.models.specs import Params
 
 Attend = Callable[[int, MLAQueries, Float[Array, "T W"], Params], Float[Array, "T H v"]]
 """(layer index, rotated queries, cache rows of the same tokens, the layer's `attn` parameters) -> values per head."""
+NoteExperts = Callable[[Int[Array, "T K"]], None]
+"""Told the experts of every token, by one MoE layer after the other; K = `num_experts_per_tok`, in no given order."""
 
 
 def forward(
@@ -28,6 +30,8 @@ def forward(
     positions: Int[Array, " T"],
     attend: Attend,
     *,
+    note_experts: NoteExperts | None = None,
+    replayed: Int[Array, "T moe_layers K"] | None = None,
     moe_implementation: str | None = None,
     remat: bool = False,
 ) -> Float[Array, "T M"]:
@@ -39,6 +43,8 @@ def forward(
         token_ids: Tokens, of any number of requests.
         positions: Position of each token in its own request.
         attend: Attention among the tokens and whatever came before them.
+        note_experts: Told which experts the layers choose; None = nobody asks.
+        replayed: Experts to take in place of the layers' choice; -1 = the layer chooses, see `moe.route`.
         moe_implementation: Named implementation of `grouped_mlp`, or None to choose.
         remat: Recompute each layer in the backward pass in place of keeping its activations.
 
@@ -50,7 +56,9 @@ def forward(
 
     for index, layer in enumerate(params["layers"]):
 
-        def run_layer(layer: Params, x: Float[Array, "T M"], index: int = index) -> Float[Array, "T M"]:
+        def run_layer(
+            layer: Params, x: Float[Array, "T M"], index: int = index
+        ) -> tuple[Float[Array, "T M"], Int[Array, "T K"] | None]:
             with jax.named_scope("mla"):
                 normed = rms_norm(x, layer["attn_norm"], config.rms_norm_eps)
                 queries, latent = project(layer["attn"], config, normed, cos, sin)
@@ -58,16 +66,25 @@ def forward(
                 x = x + values.reshape(x.shape[0], -1) @ layer["attn"]["o_proj"]
             with jax.named_scope("ffn"):
                 normed = rms_norm(x, layer["ffn_norm"], config.rms_norm_eps)
-                if config.is_moe_layer(index):
-                    return x + moe(layer["moe"], config, normed, implementation=moe_implementation)
-                return x + swiglu_mlp(layer["mlp"], normed)
+                if not config.is_moe_layer(index):
+                    return x + swiglu_mlp(layer["mlp"], normed), None
+                given = None if replayed is None else replayed[:, index - config.first_k_dense_replace]
+                out, expert_ids = moe(layer["moe"], config, normed, given, implementation=moe_implementation)
+                return x + out, expert_ids if note_experts is not None else None
 
-        x = (jax.checkpoint(run_layer) if remat else run_layer)(layer, x)
+        x, expert_ids = (jax.checkpoint(run_layer) if remat else run_layer)(layer, x)
+        if expert_ids is not None:
+            note_experts(expert_ids)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps)
 
 
 def forward_train(
-    params: Params, config: DecoderConfig, token_ids: Int[Array, "B L"], *, remat: bool = False
+    params: Params,
+    config: DecoderConfig,
+    token_ids: Int[Array, "B L"],
+    *,
+    replayed: Int[Array, "B L moe_layers K"] | None = None,
+    remat: bool = False,
 ) -> Float[Array, "B L M"]:
     """Run whole sequences with expanded causal attention, differentiable.
 
@@ -75,6 +92,7 @@ def forward_train(
         params: Weights laid out as `decoder_specs`.
         config: The shape.
         token_ids: Sequences, padded at the end; rows at padding are finite and mean nothing.
+        replayed: See `forward`.
         remat: Recompute each layer in the backward pass in place of keeping its activations.
 
     Returns:
@@ -86,7 +104,9 @@ def forward_train(
         return expanded_attention(attn, config, queries, latent, length)
 
     positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
-    hidden = forward(params, config, token_ids.reshape(-1), positions, attend, remat=remat)
+    if replayed is not None:
+        replayed = replayed.reshape(-1, *replayed.shape[2:])
+    hidden = forward(params, config, token_ids.reshape(-1), positions, attend, replayed=replayed, remat=remat)
     return hidden.reshape(batch, length, -1)
 
 

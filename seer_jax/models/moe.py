@@ -11,7 +11,7 @@ from seer_jax.models.specs import Params
 
 
 def route(
-    params: Params, config: DecoderConfig, x: Float[Array, "T M"]
+    params: Params, config: DecoderConfig, x: Float[Array, "T M"], replayed: Int[Array, "T K"] | None = None
 ) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
     """Choose the experts of every token.
 
@@ -21,6 +21,8 @@ def route(
         params: The layer's `moe` parameters.
         config: The shape.
         x: Normed residual stream.
+        replayed: Experts that were chosen before, taken in place of the best ones; a row of -1 is chosen anew. The
+            weights come from the scores of now all the same.
 
     Returns:
         Expert ids (no order promised) and weights, [T, num_experts_per_tok].
@@ -30,6 +32,8 @@ def route(
     if config.n_group > 1:
         biased = _mask_groups(config, biased)
     _, expert_ids = jax.lax.top_k(biased, config.num_experts_per_tok)
+    if replayed is not None:
+        expert_ids = jnp.where(replayed >= 0, replayed, expert_ids)
     weights = jnp.take_along_axis(scores, expert_ids, axis=-1)
     if config.norm_topk_prob:
         weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
@@ -46,9 +50,17 @@ def _mask_groups(config: DecoderConfig, biased: Float[Array, "T E"]) -> Float[Ar
 
 
 def moe(
-    params: Params, config: DecoderConfig, x: Float[Array, "T M"], *, implementation: str | None = None
-) -> Float[Array, "T M"]:
-    """Sum of the chosen experts, weighted, plus the shared expert. `implementation` is `grouped_mlp`'s."""
-    expert_ids, weights = route(params, config, x)
+    params: Params,
+    config: DecoderConfig,
+    x: Float[Array, "T M"],
+    replayed: Int[Array, "T K"] | None = None,
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "T M"], Int[Array, "T K"]]:
+    """Sum of the chosen experts, weighted, plus the shared expert; and the experts.
+
+    `replayed` is `route`'s, `implementation` is `grouped_mlp`'s.
+    """
+    expert_ids, weights = route(params, config, x, replayed)
     routed = grouped_mlp(x, expert_ids, weights, params["gate_up"], params["down"], implementation=implementation)
-    return routed + swiglu_mlp(params["shared"], x)
+    return routed + swiglu_mlp(params["shared"], x), expert_ids

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Int16, Int32
 
 from seer_jax.core.types import Sample
 
@@ -27,6 +27,8 @@ class Microbatch(NamedTuple):
         old_logprobs: float32 [B, L], rollout's log-probability of token t + 1; 0 off the mask.
         advantages: float32 [B].
         row_weights: float32 [B], see `losses.compute_row_weights`; 0 in empty rows.
+        expert_ids: int16 [B, L, MoE layers, experts per token], the rollout's choice for token t itself; -1 where
+            unknown. None unless replayed.
     """
 
     token_ids: Int32[np.ndarray, "B L"]
@@ -34,6 +36,7 @@ class Microbatch(NamedTuple):
     old_logprobs: Float[np.ndarray, "B L"]
     advantages: Float[np.ndarray, " B"]
     row_weights: Float[np.ndarray, " B"]
+    expert_ids: Int16[np.ndarray, "B L moe_layers K"] | None = None
 
 
 def list_length_buckets(max_length: int) -> tuple[int, ...]:
@@ -59,6 +62,7 @@ def make_microbatches(
     max_length: int,
     tokens_per_microbatch: int,
     row_multiple: int = 1,
+    expert_ids_shape: tuple[int, int] | None = None,
 ) -> list[Microbatch]:
     """Cut samples into microbatches, longest first.
 
@@ -69,6 +73,7 @@ def make_microbatches(
         max_length: Longest prompt plus response that can occur, in tokens; fixes the buckets.
         tokens_per_microbatch: rows x padded length stays within it; at least max_length x row_multiple.
         row_multiple: The number of rows is a multiple of this (devices that share the rows).
+        expert_ids_shape: MoE layers and experts per token of the samples' expert ids, to replay them; None leaves them.
 
     Returns:
         Microbatches; the number of rows depends on the padded length only.
@@ -84,7 +89,10 @@ def make_microbatches(
         num_rows = tokens_per_microbatch // bucket // row_multiple * row_multiple
         assert num_rows > 0
         rows, order = order[:num_rows], order[num_rows:]
-        microbatches.append(_fill([samples[i] for i in rows], advantages[rows], row_weights[rows], num_rows, bucket))
+        batch = _fill([samples[i] for i in rows], advantages[rows], row_weights[rows], num_rows, bucket)
+        if expert_ids_shape is not None:
+            batch = _fill_experts(batch, [samples[i] for i in rows], expert_ids_shape)
+        microbatches.append(batch)
     return microbatches
 
 
@@ -108,3 +116,11 @@ def _fill(
     batch.advantages[: len(samples)] = advantages
     batch.row_weights[: len(samples)] = row_weights
     return batch
+
+
+def _fill_experts(batch: Microbatch, samples: list[Sample], shape: tuple[int, int]) -> Microbatch:
+    expert_ids = np.full((*batch.token_ids.shape, *shape), -1, np.int16)
+    for row, sample in enumerate(samples):
+        start = len(sample.prompt_token_ids) - 1
+        expert_ids[row, start : start + len(sample.token_ids)] = sample.expert_ids
+    return batch._replace(expert_ids=expert_ids)

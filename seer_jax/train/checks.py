@@ -18,6 +18,8 @@ def check_task(task: Task, config: RunConfig, model_config: DecoderConfig) -> No
     Raises:
         ConfigError: Names the setting, its value and the fix.
     """
+    if config.engine.expert_ids:
+        _ = model_config.expert_ids_shape  # Raises if there are none.
     limit, longest, max_tokens = config.engine.max_model_len, task.max_prompt_tokens, config.sampling.max_tokens
     needed = longest + max_tokens
     if needed > limit:

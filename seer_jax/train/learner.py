@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int32, Integer
+from jaxtyping import Array, Float, Int16, Int32, Integer
 
 from seer_jax.config.schema import RunConfig, TrainConfig
 from seer_jax.core.errors import ConfigError, ProtocolError
@@ -65,7 +65,8 @@ class Learner:
         state: The train state; assign a restored one to resume.
 
     Raises:
-        ConfigError: If a microbatch cannot give every device a row of the longest sequence.
+        ConfigError: If a microbatch cannot give every device a row of the longest sequence, or routing is to be
+            replayed and the model has no experts.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Learner:
                 f"is {config.train.tokens_per_microbatch}, too few for a longest row on each of {len(devices)} devices"
             )
             raise ConfigError("train.tokens_per_microbatch", problem, f"give at least {needed}")
+        self._expert_ids_shape = model_config.expert_ids_shape if config.train.replay_routing else None
         self._rows, self._replicated = _make_shardings(devices)
         params = self._place(jax.tree.map(jnp.asarray, params), self._replicated)
         self._ref_params = params if config.train.kl_coef > 0 else None
@@ -115,7 +117,7 @@ class Learner:
             `learner_time_s`, `learner_tokens_per_s` (prompts included).
 
         Raises:
-            ProtocolError: If a sample was drawn from other weights than these.
+            ProtocolError: If a sample was drawn from other weights than these, or lacks the expert ids to replay.
         """
         for sample in samples:
             if sample.policy_version != self.policy_version:
@@ -123,6 +125,8 @@ class Learner:
                     f"sample {tuple(sample.request_id)} has policy version {sample.policy_version}, "
                     f"the learner {self.policy_version}"
                 )
+            if self._expert_ids_shape is not None and sample.expert_ids is None:
+                raise ProtocolError(f"sample {tuple(sample.request_id)} has no expert ids to replay")
         start = time.perf_counter()
         order = np.random.default_rng((self._config.seed, self.policy_version)).permutation(len(samples))
         minibatches = [
@@ -153,6 +157,7 @@ class Learner:
             max_length=config.engine.max_model_len,
             tokens_per_microbatch=config.train.tokens_per_microbatch,
             row_multiple=self._num_devices,
+            expert_ids_shape=self._expert_ids_shape,
         )
         params, grads, metrics = self.state.params, _make_zeros(self.state.params), []
         for batch in microbatches:
@@ -223,13 +228,15 @@ def compute_loss(
     """
     train, temperature = config.train, config.sampling.temperature
     params = _cast(params, config, model_config)
-    logprobs = compute_logprobs(params, model_config, batch.token_ids, temperature, remat=train.remat)
+    logprobs = compute_logprobs(
+        params, model_config, batch.token_ids, temperature, replayed=batch.expert_ids, remat=train.remat
+    )
     rows = (logprobs, batch.old_logprobs, batch.mask, batch.advantages, batch.row_weights)
     if train.loss == "k15":
         loss, metrics = losses.squared_loss(*rows, tau=train.k15_tau)
     else:
         loss, metrics = losses.clipped_loss(*rows, clip_low=train.clip_low, clip_high=train.clip_high)
-    if ref_params is not None:
+    if ref_params is not None:  # Its own experts: what it says by itself is the reference.
         ref_logprobs = compute_logprobs(ref_params, model_config, batch.token_ids, temperature)
         penalty, kl_metrics = losses.kl_loss(logprobs, ref_logprobs, batch.mask, batch.row_weights, coef=train.kl_coef)
         loss, metrics = loss + penalty, metrics | kl_metrics
@@ -243,6 +250,7 @@ def compute_logprobs(
     token_ids: Int32[Array, "B L"],
     temperature: float,
     *,
+    replayed: Int16[Array, "B L moe_layers K"] | None = None,
     remat: bool = False,
 ) -> Float[Array, "B L"]:
     """Compute the log-probability of every next token under the distribution that rollout draws from.
@@ -254,12 +262,13 @@ def compute_logprobs(
         model_config: Shape of the decoder.
         token_ids: Sequences, padded at the end.
         temperature: Divides the logits.
+        replayed: Experts to take, see `decoder.forward`.
         remat: Recompute the layers in the backward pass.
 
     Returns:
         At [b, t] the log-probability of `token_ids[b, t + 1]`; the last column and padding mean nothing.
     """
-    hidden = decoder.forward_train(params, model_config, token_ids, remat=remat)
+    hidden = decoder.forward_train(params, model_config, token_ids, replayed=replayed, remat=remat)
     targets = jnp.roll(token_ids, -1, axis=1)
 
     @jax.checkpoint

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from seer_jax.cli.main import main
@@ -36,7 +37,8 @@ def test_rollout_compares_policies_and_leaves_samples_and_a_log_that_replays(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    argv = ("rollout", "--compare", "seer,group_round_robin", "--run-dir", str(run_dir), "--engine.deterministic")
+    argv = ("rollout", "--compare", "seer,group_round_robin", "--run-dir", str(run_dir), "--engine.deterministic",
+            "--engine.expert-ids")  # fmt: skip
     trace = tmp_path / "trace.json"
     runs = run(capsys, *argv, "--trace", str(trace), *SMALL)["runs"]
     assert [figures["policy"] for figures in runs] == ["seer", "group_round_robin"]
@@ -51,6 +53,10 @@ def test_rollout_compares_policies_and_leaves_samples_and_a_log_that_replays(
     assert len(samples) == 8
     assert all(len(sample["token_ids"]) == len(sample["logprobs"]) for sample in samples)
     assert all(sample["prompt"].startswith("a") and "=" in sample["response"] for sample in samples)
+    with np.load(run_dir / "0-seer" / "expert_ids.npz") as experts:
+        for sample in samples:
+            ids = experts[f"{sample['group_id']}-{sample['index']}"]
+            assert ids.dtype == np.int16 and ids.ndim == 3 and len(ids) == len(sample["token_ids"]) and ids.min() >= 0
     settings = load_config(str(run_dir / "config.yaml")).rollout
     lines = (run_dir / "0-seer" / "events.jsonl").read_text().splitlines()
     commands = list(replay(lines, RolloutDriver(make_policy("seer", settings))))

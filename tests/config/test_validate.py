@@ -68,6 +68,7 @@ def test_one_request_must_fit_in_the_pages_beside_the_reserved_one():
         ({"rollout__group_size": 1}, "rollout.group_size"),
         ({"data__heldout_prompts": 0}, "data.heldout_prompts"),
         ({"train__num_minibatches": 129}, "train.num_minibatches"),
+        ({"train__replay_routing": True}, "train.replay_routing"),
         ({"train__tokens_per_microbatch": 1023}, "train.tokens_per_microbatch"),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from seer_jax.core.batching import BatchPlanner, StepPlan
 from seer_jax.core.errors import ProtocolError
-from seer_jax.core.sequence import Sequence
+from seer_jax.core.sequence import NewTokens, Sequence
 from seer_jax.core.types import InstanceInfo, RequestChunk, RequestId, SamplingParams
 
 PAGE_SIZE = 4
@@ -47,7 +47,8 @@ def run(planner: BatchPlanner, plan: StepPlan, token: int = 1) -> list[Sequence]
     sampling = [*plan.decodes, *(piece.sequence for piece in plan.prefills if piece.is_last)]
     steps = 1 if plan.prefills else plan.num_steps
     steps = min([steps, *(s.limit - s.num_tokens for s in sampling)])
-    emitted = {s: (np.full(steps, token, np.int32), np.full(steps, -0.5, np.float32)) for s in sampling}
+    new = NewTokens(np.full(steps, token, np.int32), np.full(steps, -0.5, np.float32))
+    emitted = dict.fromkeys(sampling, new)
     return planner.commit(plan, emitted)
 
 

@@ -109,6 +109,7 @@ def test_an_iteration_cannot_start_inside_another_nor_with_older_weights():
         ({"token_ids": np.zeros(0, np.int32), "logprobs": np.zeros(0, np.float32)}, "0 tokens"),
         ({"token_ids": np.zeros(5, np.int32), "logprobs": np.zeros(5, np.float32)}, "5 tokens"),
         ({"logprobs": np.zeros(3, np.float32)}, "3 log-probabilities"),
+        ({"expert_ids": np.zeros((3, 2, 2), np.int16)}, "4 tokens and expert ids of 3"),
         ({"kv": KVHandle(num_tokens=9, policy_version=0)}, "KV of 9 tokens"),
         ({"kv": KVHandle(num_tokens=8, policy_version=0)}, "KV of 8 tokens, at most 7"),
     ],
@@ -121,6 +122,18 @@ def test_a_result_that_no_chunk_in_flight_can_have_is_a_protocol_error_and_chang
         driver.handle(replace(good, **changes))
     expected = [encode_command(command) for command in twin.handle(good)]
     assert [encode_command(command) for command in driver.handle(good)] == expected
+
+
+@pytest.mark.parametrize("second", [None, np.zeros((4, 2, 3), np.int16)])
+def test_expert_ids_of_another_shape_or_in_some_chunks_only_are_a_protocol_error(second):
+    driver, [chunk] = started(SEER, make_group(0, size=1))
+    [start] = driver.handle(replace(finish(0, chunk, 12), expert_ids=np.ones((4, 2, 2), np.int16)))
+    with pytest.raises(ProtocolError, match="the request's first chunk"):
+        driver.handle(replace(finish(0, start.chunk, 12), expert_ids=second))
+    [start] = driver.handle(replace(finish(0, start.chunk, 12), expert_ids=np.full((4, 2, 2), 2, np.int16)))
+    driver.restore(driver.snapshot())
+    emit = driver.handle(replace(finish(0, start.chunk, 12), expert_ids=np.full((4, 2, 2), 3, np.int16)))[0]
+    assert emit.sample.expert_ids[:, 0, 0].tolist() == 4 * [1] + 4 * [2] + 4 * [3]
 
 
 def test_a_result_delivered_twice_is_a_protocol_error():

@@ -1,6 +1,7 @@
 """A recorded run, read back from JSON, replays to the very same commands."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,12 +50,15 @@ def test_every_field_survives_the_log():
     assert copy.prompt_token_ids.dtype == np.int32 and copy.prompt_token_ids.tolist() == [3, 1, 4]
 
 
-def test_log_probabilities_survive_bit_for_bit_and_the_kv_handle_loses_only_its_ref():
+def test_log_probabilities_and_expert_ids_survive_bit_for_bit_and_the_kv_handle_loses_only_its_ref():
     driver = RolloutDriver(SeerPolicy(chunk_size=4, starvation_interval=0, prefetch_chunks=0))
     driver.handle(InstanceJoined(info=make_info(0), policy_version=0))
     [start, _] = driver.handle(GroupsSubmitted(groups=(make_group(0),), policy_version=0))
     event = finish(0, start.chunk, 12)
+    assert decode_event(encode_event(event)).expert_ids is None
+    event = replace(event, expert_ids=np.arange(16, dtype=np.int16).reshape(4, 2, 2) - 1)
     decoded = decode_event(json.loads(json.dumps(encode_event(event))))
+    assert decoded.expert_ids.dtype == np.int16 and decoded.expert_ids.tolist() == event.expert_ids.tolist()
     assert decoded.logprobs.dtype == np.float32 and decoded.logprobs.tobytes() == event.logprobs.tobytes()
     assert (decoded.kv.num_tokens, decoded.kv.policy_version, decoded.kv.ref) == (7, 0, None)
     assert event.kv.ref is not None

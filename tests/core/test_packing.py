@@ -112,9 +112,21 @@ def test_the_last_of_32_nodes_has_the_highest_bit() -> None:
 def test_outputs_unpack_to_what_each_request_said() -> None:
     logprobs = np.array([[-0.5, -1.5], [-2.0, 0.0]], np.float32).view(np.int32)
     table = np.concatenate([[[2], [1]], [[7, 8], [9, 0]], logprobs], axis=1).astype(np.int32)
-    steps, emitted = unpack_outputs(np.concatenate([[3], table.reshape(-1)]).astype(np.int32), 2)
-    assert steps == 3
-    assert [(ids.tolist(), probs.tolist()) for ids, probs in emitted] == [([7, 8], [-0.5, -1.5]), ([9], [-2.0])]
+    shape = StepShape(num_requests=2, num_rows=2, num_tiles=0, tile=1, num_pages=1)
+    steps, emitted = unpack_outputs(np.concatenate([[3], table.reshape(-1)]).astype(np.int32), shape)
+    assert steps == 3 and all(new.expert_ids is None for new in emitted)
+    said = [(new.token_ids.tolist(), new.logprobs.tolist()) for new in emitted]
+    assert said == [([7, 8], [-0.5, -1.5]), ([9], [-2.0])]
+
+
+def test_expert_ids_are_two_to_a_word_and_the_odd_half_is_dropped() -> None:
+    ids = np.arange(2 * 2 * 3, dtype=np.int16).reshape(2, 2, 3) + 300  # [request, column, 3 of one layer]
+    words = np.pad(ids, ((0, 0), (0, 0), (0, 1))).view(np.int32).reshape(2, -1)
+    table = np.concatenate([[[2], [1]], [[7, 8], [9, 0]], np.zeros((2, 2), np.int32), words], axis=1).astype(np.int32)
+    shape = StepShape(num_requests=2, num_rows=2, num_tiles=0, tile=1, num_pages=1, expert_ids=(1, 3))
+    _, emitted = unpack_outputs(np.concatenate([[1], table.reshape(-1)]).astype(np.int32), shape)
+    assert [new.expert_ids.tolist() for new in emitted] == [ids[0, :, None].tolist(), ids[1, :1, None].tolist()]
+    assert emitted[0].token_ids.tolist() == [7, 8] and emitted[0].expert_ids.dtype == np.int16
 
 
 @given(

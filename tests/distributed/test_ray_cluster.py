@@ -46,6 +46,17 @@ def expected() -> RolloutResult:
     return RolloutRunner(cluster, make_driver()).run(tiny.groups(3, 4, SAMPLING))
 
 
+def test_expert_ids_come_with_the_samples_as_in_process() -> None:
+    config = dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, expert_ids=True))
+    clusters = [start(config, tiny.MODEL, tiny.params()) for start in (RayCluster, build_local_cluster)]
+    results = [RolloutRunner(cluster, make_driver()).run(tiny.groups(2, 3, SAMPLING)).samples for cluster in clusters]
+    for sample, same in zip(*results, strict=True):
+        assert sample.expert_ids.shape == (len(sample.token_ids), 1, 2) and sample.expert_ids.dtype == np.int16
+        assert sample.expert_ids.tobytes() == same.expert_ids.tobytes()
+    assert len(np.unique(results[0][0].expert_ids)) > 1
+    clusters[0].close()
+
+
 def make_driver() -> RolloutDriver:
     return RolloutDriver(make_policy("seer", CONFIG.rollout))
 

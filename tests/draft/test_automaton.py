@@ -182,9 +182,9 @@ def test_misuse_is_refused() -> None:
         automaton.open(0)
     with pytest.raises(ProtocolError, match="request 7 is not"):
         automaton.open(1, like=7)
-    with pytest.raises(ConfigError, match="max_context"):
+    with pytest.raises(ConfigError, match=r"^SuffixAutomaton\.max_context: is 0"):
         SuffixAutomaton(0)
-    with pytest.raises(ConfigError, match="top_k"):
+    with pytest.raises(ConfigError, match=r"^SpeculationArgs\.top_k: is 0"):
         SpeculationArgs(top_k=0)
-    with pytest.raises(ConfigError, match="pattern_lookup_min"):
+    with pytest.raises(ConfigError, match=r"^SpeculationArgs\.pattern_lookup_min: is 20"):
         SpeculationArgs(pattern_lookup_min=20)

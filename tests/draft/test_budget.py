@@ -257,5 +257,5 @@ def test_lengths_are_those_of_the_class_cut_to_what_was_drafted() -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"speculation\.priority_factor"):
         ExpectedGainBudget(times=LinearTimes(), priority_factor=0.5)
-    with pytest.raises(ConfigError, match=r"speculation\.gamma_max"):
+    with pytest.raises(ConfigError, match=r"PaperBudget\.gamma_max"):
         PaperBudget(times=LinearTimes(), stats=ALPHA_BETA, gamma_max=0)

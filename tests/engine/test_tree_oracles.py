@@ -45,7 +45,7 @@ def test_every_node_has_the_reference_logits_of_its_path(case: str, tile: int) -
     def logits_of(packed, caches, shape):
         requests, first_position, tokens, _ = _unpack(packed, shape)
         run = quick_jit(
-            lambda p, c: _run_model(p, c, tokens, first_position, requests.block_tables, config=config, shape=shape)
+            lambda p, c: _run_model(p, c, tokens, first_position, requests.block_tables, config=config, shape=shape)[:2]
         )
         hidden, caches = run(params, caches)
         return np.asarray(decoder.project_logits(params, config, hidden)), caches

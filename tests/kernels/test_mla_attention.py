@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.mla_attention import mla_attention
+from kernels_pallas.mla_attention import MASK_BITS, mla_attention
+from seer_jax.config.validate import MAX_DRAFT_TOKENS
 from tests.quick import quick_jit
 
 HEADS, WIDTH, VALUE, PAGE, SCALE = 3, 12, 8, 4, 0.3
@@ -127,3 +128,7 @@ def test_bfloat16_accumulates_in_float32():
 def test_the_comparison_notices_one_position_too_many():
     q, cache, tables, limits = make_case((9, 14), 1, pages=5)
     assert np.abs(attend("xla", q, cache, tables, limits + 1) - exact(q, cache, tables, limits)).max() > 0.1
+
+
+def test_a_mask_has_a_bit_for_every_draft_token_that_the_configuration_allows():
+    assert MASK_BITS == MAX_DRAFT_TOKENS == np.iinfo(np.uint32).bits

@@ -1,5 +1,6 @@
 """Claims about microbatches."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -61,6 +62,21 @@ def test_every_sample_is_in_exactly_one_row_with_its_own_numbers(lengths, row_mu
             assert not batch.old_logprobs[row][~batch.mask[row]].any()
     assert sorted(seen) == list(range(len(samples)))
     assert len({b.token_ids.shape for b in batches}) <= len(list_length_buckets(360))
+
+
+def test_replayed_experts_stand_at_the_token_that_chose_them():
+    samples = [
+        dataclasses.replace(make_sample(i, p, n), expert_ids=np.arange(n * 6, dtype=np.int16).reshape(n, 2, 3))
+        for i, (p, n) in enumerate([(5, 7), (1, 60), (12, 1)])
+    ]
+    ones = np.ones(3, np.float32)
+    sizes = {"max_length": 128, "tokens_per_microbatch": 256}
+    assert all(b.expert_ids is None for b in make_microbatches(samples, ones, ones, **sizes))
+    [batch] = make_microbatches(samples, ones, ones, expert_ids_shape=(2, 3), **sizes)
+    assert batch.expert_ids.dtype == np.int16 and batch.expert_ids.shape == (*batch.token_ids.shape, 2, 3)
+    for row, sample in enumerate(sorted(samples, key=lambda s: -len(s.prompt_token_ids) - len(s.token_ids))):
+        np.testing.assert_array_equal(batch.expert_ids[row][batch.mask[row]], sample.expert_ids)
+    assert (batch.expert_ids[~batch.mask] == -1).all()
 
 
 def test_only_the_last_microbatch_has_empty_rows():

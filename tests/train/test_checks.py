@@ -56,6 +56,13 @@ def test_the_longest_prompt_must_fit_with_its_response(max_tokens, max_model_len
     check_task(task, limits(max_tokens, 158 + max_tokens), BYTE_MODEL)
 
 
+def test_expert_ids_are_refused_for_a_model_without_experts():
+    task, config = make_task(DataConfig()), RunConfig(engine=EngineConfig(expert_ids=True))
+    check_task(task, config, BYTE_MODEL)
+    with pytest.raises(ConfigError, match=r"^engine\.expert_ids: the model has none"):
+        check_task(task, config, replace(BYTE_MODEL, first_k_dense_replace=2))
+
+
 @pytest.mark.parametrize("changes", [{"eos_token_id": (2,)}, {"eos_token_id": ()}, {"vocab_size": 258}])
 def test_text_is_refused_for_a_model_with_another_tokenizer(changes, jsonl):
     model = replace(BYTE_MODEL, **changes)

@@ -180,6 +180,29 @@ def test_the_gap_is_zero_exactly_when_rollout_and_learner_share_weights_and_temp
     assert other["logprob_gap_mean"] > 1e-2
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_replayed_routing_closes_the_gap_that_other_experts_open(remat):
+    """A rollout whose router chose other experts, by a bias that the learner does not have; prompts of one token."""
+    other, samples = make_params(), make_samples()
+    other["layers"][0]["moe"]["router_bias"] = np.array([9, 0, 9, 0], np.float32)
+    samples = [dataclasses.replace(s, prompt_token_ids=s.prompt_token_ids[:1]) for s in samples]
+    samples = [
+        dataclasses.replace(s, expert_ids=np.tile(np.int16([2, 0]), (len(s.token_ids), 1, 1)))
+        for s in record_logprobs(samples, other)
+    ]
+    replayed = make_learner(replay_routing=True, remat=remat).update(samples, make_advantages(samples))
+    own = make_learner(remat=remat).update(samples, make_advantages(samples))
+    assert replayed["logprob_gap_max"] < 1e-5 and own["logprob_gap_mean"] > 1e-3
+
+
+def test_replaying_what_a_sample_lacks_is_an_error_and_changes_nothing():
+    learner, samples = make_learner(replay_routing=True), make_samples()
+    before = learner.state
+    with pytest.raises(ProtocolError, match=r"sample \(0, 0\) has no expert ids"):
+        learner.update(samples, make_advantages(samples))
+    assert learner.state is before
+
+
 def test_a_sample_of_another_policy_version_is_a_protocol_error_and_changes_nothing():
     learner = make_learner()
     samples = make_samples()

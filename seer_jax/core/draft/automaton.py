@@ -36,7 +36,7 @@ class SuffixAutomaton:
 
     def __init__(self, max_context: int = 16, capacity: int = FIRST_CAPACITY) -> None:
         if max_context < 1:
-            raise ConfigError("speculation.max_context", f"is {max_context}", "at least 1")
+            raise ConfigError("SuffixAutomaton.max_context", f"is {max_context}", "at least 1")
         self.max_context = max_context
         self.num_tokens = 0
         self._num_inherited = 0

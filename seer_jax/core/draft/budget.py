@@ -129,7 +129,7 @@ class PaperBudget:
     def __post_init__(self) -> None:
         _check_priority_factor(self.priority_factor)
         if self.gamma_max < 1:
-            raise ConfigError("speculation.gamma_max", f"is {self.gamma_max}", "at least 1")
+            raise ConfigError("PaperBudget.gamma_max", f"is {self.gamma_max}", "at least 1")
 
     def allocate(self, is_probe: np.ndarray, batch: DraftBatch, mean_context: float, room_tokens: int) -> np.ndarray:
         """See `DraftBudgetPolicy`."""

@@ -41,10 +41,10 @@ class SpeculationArgs:
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= MAX_TOP_K:
-            raise ConfigError("speculation.top_k", f"is {self.top_k}", f"1 to {MAX_TOP_K}")
+            raise ConfigError("SpeculationArgs.top_k", f"is {self.top_k}", f"1 to {MAX_TOP_K}")
         if not 1 <= self.pattern_lookup_min <= self.pattern_lookup_max:
             raise ConfigError(
-                "speculation.pattern_lookup_min",
+                "SpeculationArgs.pattern_lookup_min",
                 f"is {self.pattern_lookup_min}",
                 f"1 to pattern_lookup_max, {self.pattern_lookup_max}",
             )
