@@ -5,34 +5,44 @@ Every value is Seer's time over the option's on the same lengths and seed, so ab
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from seer_jax.config.schema import RolloutConfig
 from seer_jax.core.errors import ProtocolError
 from seer_jax.core.scheduling import switched_on
+from seer_jax.sim.roofline import RooflineStepTimes
 from seer_jax.sim.simulation import SimRequests, SimResult
 from seer_jax.sim.systems import SYSTEMS, System, draw_requests, simulate
 from seer_jax.sim.workloads import Workload
 
 LOW_CORRELATION = 0.57
 """Of the lengths of a group in real rollouts of AIME problems by a distilled 1.5B model (design/simulation.md)."""
+WIDTH, WIDE_SEQS = 4, 8
+"""Chips of joined instances over those of one, and requests per rank up to which instances join."""
+SPECULATION = "speculation"
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "posterior": {"length_estimator": "posterior"},
-    "chunk_2k": {"chunk_size": 2048},
-    "chunk_1k": {"chunk_size": 1024},
-    "adaptive_chunk": {"min_chunk_size": 512},
-    "backfill": {"backfill_depth": 32},
-    "tail_priority": {"tail_priority": True},
-    "chunk_1k_backfill": {"chunk_size": 1024, "backfill_depth": 32},
+    "a_posterior": {"length_estimator": "posterior"},
+    "b_chunk_2k": {"chunk_size": 2048},
+    "b_chunk_1k": {"chunk_size": 1024},
+    "b_adaptive_chunk": {"min_chunk_size": 512},
+    "d_backfill": {"backfill_depth": 32},
+    "e_tail_priority": {"tail_priority": True},
+    "e_trees": {SPECULATION: "grouped_tree"},
+    "trees_chunk_2k": {SPECULATION: "grouped_tree", "chunk_size": 2048},
+    "trees_chunk_2k_adaptive": {SPECULATION: "grouped_tree", "chunk_size": 2048, "min_chunk_size": 512},
     "all": {
+        SPECULATION: "grouped_tree",
         "length_estimator": "posterior",
-        "chunk_size": 1024,
-        "min_chunk_size": 256,
+        "chunk_size": 2048,
+        "min_chunk_size": 512,
         "backfill_depth": 32,
         "tail_priority": True,
     },
 }
-"""Settings of `RolloutConfig`."""
+"""Settings of `RolloutConfig`, and of drafting; the letters are those of issue C."""
 
 
 def compare_options(workload: Workload, seed: int) -> tuple[dict[str, float], Counter[str]]:
@@ -40,10 +50,9 @@ def compare_options(workload: Workload, seed: int) -> tuple[dict[str, float], Co
 
     Returns:
         By name: options of `OPTIONS` and, with the suffix "_low", the same at a correlation of `LOW_CORRELATION`;
-        "bound_order": longest first by true lengths; "bound_prompts": prompts take no KV at all, as if all were shared;
-        "bound_no_tail": nothing runs but what runs before the tail (wider meshes for the last requests can save no
-        more); "bound_idle": share of all instance time in which an instance is idle, which work that is overlapped
-        with the tail could fill.
+        "bound_a_order": longest first by true lengths; "bound_c_prompts": prompts take no KV at all, as if all were
+        shared; "bound_f_wide": instances with few requests have `WIDTH` times the chips, at once and for free;
+        "bound_no_tail": no tail; "bound_g_idle": share of instance time that is idle, which other work could fill.
 
     Raises:
         ProtocolError: If an option that is on fired in no run: it was not tested then.
@@ -67,21 +76,65 @@ def compare_options(workload: Workload, seed: int) -> tuple[dict[str, float], Co
 
 def with_options(name: str, options: Mapping[str, Any]) -> System:
     """Seer with settings beyond the paper."""
-    return System(label=f"Seer + {name}", policy="seer", speculation="grouped", options=options)
+    settings = dict(options)
+    speculation = settings.pop(SPECULATION, "grouped")
+    return System(label=f"Seer + {name}", policy="seer", speculation=speculation, options=settings)
 
 
 def _switched_on(options: Mapping[str, Any]) -> tuple[str, ...]:
-    return switched_on(RolloutConfig(**{"chunk_size": 8192, **options}))
+    settings = {"chunk_size": 8192, **options}
+    trees = ("grouped_tree",) if settings.pop(SPECULATION, "grouped") == "grouped_tree" else ()
+    return (*switched_on(RolloutConfig(**settings)), *trees)
+
+
+@dataclass(frozen=True)
+class WideTailTimes:
+    """Step times as if idle instances joined a small batch at once and for free: option (f), at its best.
+
+    Attributes:
+        normal: Of one instance.
+        wide: Of as many as join.
+        most_seqs: Requests of an instance up to which they do.
+    """
+
+    normal: RooflineStepTimes
+    wide: RooflineStepTimes
+    most_seqs: int
+
+    def _of(self, num_seqs: int) -> RooflineStepTimes:
+        return self.wide if num_seqs <= self.most_seqs else self.normal
+
+    def plain_step_s(self, num_seqs: int, mean_context: float) -> float:
+        """See `StepTimeModel`."""
+        return self._of(num_seqs).plain_step_s(num_seqs, mean_context)
+
+    def verify_step_s(self, num_seqs: int, num_tokens: int | np.ndarray, mean_context: float) -> float | np.ndarray:
+        """See `StepTimeModel`."""
+        return self._of(num_seqs).verify_step_s(num_seqs, num_tokens, mean_context)
+
+    def prefill_s(self, num_tokens: int, start: int = 0) -> float:
+        """See `InstanceTimes`."""
+        return self.normal.prefill_s(num_tokens, start)
 
 
 def _bounds(workload: Workload, requests: SimRequests, seer: SimResult, seed: int) -> dict[str, float]:
     oracle = System(label="oracle order", policy="oracle", speculation="grouped")
     free = workload.with_values({"requests.prompt_tokens": 1})
     no_prompts = SimRequests.of(free, requests.lengths)
-    num_instances = workload.num_instances
-    return {
-        "bound_order": seer.rollout_time_s / simulate(workload, oracle, requests, seed=seed).rollout_time_s,
-        "bound_prompts": seer.rollout_time_s / simulate(free, SYSTEMS["seer"], no_prompts, seed=seed).rollout_time_s,
+    times = workload.times
+    wide = WideTailTimes(
+        normal=times,
+        wide=replace(times, num_chips=WIDTH * times.num_chips),
+        most_seqs=WIDE_SEQS * workload.ranks_per_instance,
+    )
+    runs = {
+        "bound_a_order": simulate(workload, oracle, requests, seed=seed),
+        "bound_c_prompts": simulate(free, SYSTEMS["seer"], no_prompts, seed=seed),
+        "bound_f_wide": simulate(workload, SYSTEMS["seer"], requests, seed=seed, times=wide),
+    }
+    bounds = {name: seer.rollout_time_s / run.rollout_time_s for name, run in runs.items()}
+    all_s = workload.num_instances * seer.rollout_time_s
+    return bounds | {
         "bound_no_tail": seer.rollout_time_s / (seer.rollout_time_s - seer.tail_time_s),
-        "bound_idle": 1 - seer.counters.busy_s / (num_instances * seer.rollout_time_s),
+        "bound_g_idle": 1 - seer.counters.busy_s / all_s,
     }

@@ -84,6 +84,8 @@ CONSTANTS: Mapping[str, Mapping[str, Rule]] = {
     "speculation": {
         "acceptance_references": Rule(is_whole=True, is_list=True),
         "acceptance_lengths": Rule(low=1.0, is_list=True),
+        "tree_acceptance_lengths": Rule(low=1.0, is_list=True),
+        "tree_nodes": Rule(low=1.0),
         "acceptance_scale": Rule(),
         "gamma_max": COUNT,
         "priority_factor": Rule(low=1.0),

@@ -89,20 +89,28 @@ class GroupedSpeculation:
     Attributes:
         progress: float64 [groups, size]; tokens that every request of the iteration has generated; the instances write
             it, as their clients tell the draft server.
+        num_tree_plans: How often trees were chosen.
     """
 
-    def __init__(self, spec: SpeculationSpec, times: StepTimeModel, progress: np.ndarray) -> None:
+    def __init__(
+        self, spec: SpeculationSpec, times: StepTimeModel, progress: np.ndarray, *, trees: bool = False
+    ) -> None:
         """Prepare the acceptance table.
 
         Args:
             spec: Acceptance by number of references, and the bounds of drafts.
             times: T(B, gamma) of the instances.
             progress: See above; shared, not copied.
+            trees: Whether drafts branch where that emits more tokens a second; all requests of a step then, for a
+                batch is small or it is not.
         """
         self.progress = progress
         self._alphas = np.array([spec.acceptance_probability(n) for n in range(spec.acceptance_references[-1] + 1)])
         self._numbers = np.arange(len(self._alphas))
         self._moments = emitted_moments(self._alphas, spec.gamma_max)
+        self._tree_lengths = np.array([spec.tree_acceptance_length(int(n)) for n in self._numbers])
+        self._tree_nodes, self._trees = spec.tree_nodes, trees
+        self.num_tree_plans = 0
         self._times = times
         self._gamma_max = spec.gamma_max
         self._stats = ModelledAcceptance(spec.gamma_max)
@@ -128,7 +136,7 @@ class GroupedSpeculation:
         """See `SpeculationModel`."""
         references, is_probe = self.references(batch), batch.is_probe
         alphas = np.interp(references, self._numbers, self._alphas)
-        self._stats.mean = float(alphas.mean())
+        self._stats.mean = float(alphas.sum()) / len(alphas)
         num_probes = int(is_probe.sum())
         num_others = len(alphas) - num_probes
         self._stats.by_class = (
@@ -137,15 +145,37 @@ class GroupedSpeculation:
         )
         room = batch.num_seqs * (1 + self._gamma_max)
         gamma = self._budget.best_gamma(batch.num_seqs, batch.mean_context, room)
-        if not gamma:
-            return None
+        lines = self._lines(references, is_probe, gamma, batch) if gamma else None
+        return self._branched(references, lines, batch) if self._trees else lines
+
+    def _lines(self, references: np.ndarray, is_probe: np.ndarray, gamma: int, batch: DraftingBatch) -> Verification:
+        """Draft lengths by class."""
+        num_probes = int(is_probe.sum())
+        num_others = len(is_probe) - num_probes
         gamma_probe, gamma_other = self._budget.split(gamma, num_probes, num_others)
         rates, variances = (np.interp(references, self._numbers, table[gamma_other]) for table in self._moments)
         if num_probes:
             of_probes = (np.interp(references, self._numbers, table[gamma_probe]) for table in self._moments)
             rates, variances = (np.where(is_probe, *pair) for pair in zip(of_probes, (rates, variances), strict=True))
-        num_tokens = len(alphas) + num_probes * gamma_probe + num_others * gamma_other
-        return Verification(rates, variances, round(batch.num_seqs / len(alphas) * num_tokens))
+        num_tokens = len(is_probe) + num_probes * gamma_probe + num_others * gamma_other
+        return Verification(rates, variances, round(batch.num_seqs / len(is_probe) * num_tokens))
+
+    def _branched(
+        self, references: np.ndarray, lines: Verification | None, batch: DraftingBatch
+    ) -> Verification | None:
+        """A tree for every request if that emits more tokens a second than lines, or than no drafts."""
+        rates = np.interp(references, self._numbers, self._tree_lengths)
+        num_tokens = round(batch.num_seqs * (1 + self._tree_nodes))
+        tree_s = self.step_s(batch.num_seqs, num_tokens, batch.mean_context)
+        if lines is None:
+            other = len(rates) / self._times.plain_step_s(batch.num_seqs, batch.mean_context)
+        else:
+            other = lines.rates.sum() / self.step_s(batch.num_seqs, lines.num_tokens, batch.mean_context)
+        if rates.sum() / tree_s <= other:
+            return lines
+        self.num_tree_plans += 1
+        variances = np.interp(references, self._numbers, self._moments[1][self._gamma_max])
+        return Verification(rates, variances, num_tokens)
 
     def step_s(self, num_seqs: int, num_tokens: int, mean_context: float) -> float:
         """See `SpeculationModel`."""

@@ -265,7 +265,7 @@ class SimInstance:
         if self._verification is not None:
             steps = min(steps, MAX_STEPS)
         first_s = self._time(num_seqs, context)
-        last_s = self._time(num_seqs, context + steps * float(rates.mean()))
+        last_s = self._time(num_seqs, context + steps * float(rates.sum()) / len(rates))
         self._segment = Segment(steps=steps, step_s=first_s, growth_s=(last_s - first_s) / steps)
         end_s = self.now + self._stall_s + self._segment.duration_s
         if end_s <= self.next_event_s:
@@ -275,7 +275,7 @@ class SimInstance:
         """Requests and mean context as if every rank were the fullest one: all wait for it."""
         contexts = self._rows[CONTEXT][self._active]
         if self._num_ranks == 1:
-            return len(contexts), float(contexts.mean())
+            return len(contexts), float(contexts.sum()) / len(contexts)
         ranks = self._rows[RANK][self._active].astype(np.int64)
         num_seqs = int(np.bincount(ranks).max()) * self._num_ranks
         return num_seqs, float(np.bincount(ranks, contexts).max()) * self._num_ranks / num_seqs

@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -126,7 +126,7 @@ class SimResult:
     generated_tokens: int
     num_chunks: int
     counters: SimCounters
-    firings: Mapping[str, int]
+    firings: dict[str, int]
     changes: np.ndarray
     spans: tuple[tuple[int, str, float, float], ...]
     unfinished: Mapping[tuple[int, int], int]
@@ -262,7 +262,7 @@ class Simulation:
             generated_tokens=self._num_generated,
             num_chunks=self._num_chunks,
             counters=_total([instance.counters for instance in self._instances.values()]),
-            firings=dict(getattr(driver, "firings", Counter())),
+            firings=dict(driver.firings),
             changes=np.array(self._changes, np.float64).reshape(-1, 4),
             spans=tuple(self._spans),
             unfinished=self._unfinished(driver, now),

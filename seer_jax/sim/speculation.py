@@ -70,6 +70,8 @@ class SpeculationSpec:
     Attributes:
         acceptance_references: Numbers of finished or running siblings to draft from, ascending from 0.
         acceptance_lengths: tau for each with drafts of `gamma_max` tokens, one path, bonus token included.
+        tree_acceptance_lengths: tau for each with trees of `tree_nodes` nodes.
+        tree_nodes: Nodes of a tree, in the mean.
         acceptance_scale: Factor on tau - 1: how much easier or harder this model is to draft for.
         gamma_max: Longest draft.
         priority_factor: lambda of Algorithm 1.
@@ -78,6 +80,8 @@ class SpeculationSpec:
 
     acceptance_references: tuple[int, ...]
     acceptance_lengths: tuple[float, ...]
+    tree_acceptance_lengths: tuple[float, ...]
+    tree_nodes: float
     acceptance_scale: float
     gamma_max: int
     priority_factor: float
@@ -87,9 +91,10 @@ class SpeculationSpec:
         references, path = self.acceptance_references, "speculation.acceptance_references"
         if references[0] != 0 or any(a >= b for a, b in pairwise(references)):
             raise ConfigError(path, f"is {list(references)}", "ascending from 0")
-        if len(references) != len(self.acceptance_lengths):
-            problem = f"has {len(references)} entries, acceptance_lengths {len(self.acceptance_lengths)}"
-            raise ConfigError(path, problem, "one length per number of references")
+        for name in ("acceptance_lengths", "tree_acceptance_lengths"):
+            if len(references) != len(getattr(self, name)):
+                problem = f"has {len(references)} entries, {name} {len(getattr(self, name))}"
+                raise ConfigError(path, problem, "one length per number of references")
         longest = 1 + self.acceptance_scale * (max(self.acceptance_lengths) - 1)
         if longest >= 1 + self.gamma_max:
             problem = f"gives up to {longest:g} tokens a step, {1 + self.gamma_max} are verified"
@@ -102,6 +107,11 @@ class SpeculationSpec:
     def acceptance_probability(self, num_references: int) -> float:
         """beta, the same for all positions, that gives that tau: 1 + beta + ... + beta**gamma_max."""
         return self._probabilities[min(num_references, len(self._probabilities) - 1)]
+
+    def tree_acceptance_length(self, num_references: int) -> float:
+        """tau of trees with so many siblings to draft from."""
+        taus = np.interp(num_references, self.acceptance_references, self.tree_acceptance_lengths)
+        return float(1 + self.acceptance_scale * (taus - 1))
 
     @cached_property
     def _lengths(self) -> tuple[float, ...]:

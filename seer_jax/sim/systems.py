@@ -25,7 +25,8 @@ class System:
     Attributes:
         label: As the paper calls it.
         policy: Of `core.scheduling`.
-        speculation: "off"; "vanilla": the workload's own kind without context; "grouped": Seer's.
+        speculation: "off"; "vanilla": the workload's own kind without context; "grouped": Seer's lines; "grouped_tree":
+            trees where they pay.
         options: Settings of `RolloutConfig` beyond the paper.
     """
 
@@ -95,11 +96,12 @@ def simulate(
     }
     progress = np.zeros(requests.lengths.shape)
     speculation: SpeculationModel | None = None
-    if system.speculation == "grouped":
-        speculation = GroupedSpeculation(workload.speculation, times or workload.times, progress)
+    if system.speculation in ("grouped", "grouped_tree"):
+        trees = system.speculation == "grouped_tree"
+        speculation = GroupedSpeculation(workload.speculation, times or workload.times, progress, trees=trees)
     elif system.speculation == "vanilla":
         speculation = VanillaSpeculation(workload.speculation.vanilla, workload.times)
-    return Simulation(
+    result = Simulation(
         cluster=SimCluster.of(workload, requests, times),
         requests=requests,
         policy=make_policy(system.policy, config, lengths),
@@ -110,3 +112,6 @@ def simulate(
         stop_after=stop_after,
         record=record,
     ).run()
+    if isinstance(speculation, GroupedSpeculation) and speculation.num_tree_plans:
+        result.firings["grouped_tree"] = speculation.num_tree_plans
+    return result
