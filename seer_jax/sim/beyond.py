@@ -13,6 +13,7 @@ import numpy as np
 from seer_jax.config.schema import RolloutConfig
 from seer_jax.core.errors import ProtocolError
 from seer_jax.core.scheduling import switched_on
+from seer_jax.sim.drafting import emitted_moments
 from seer_jax.sim.roofline import RooflineStepTimes
 from seer_jax.sim.simulation import SimRequests, SimResult
 from seer_jax.sim.systems import SYSTEMS, System, draw_requests, simulate
@@ -50,9 +51,12 @@ def compare_options(workload: Workload, seed: int) -> tuple[dict[str, float], Co
 
     Returns:
         By name: options of `OPTIONS` and, with the suffix "_low", the same at a correlation of `LOW_CORRELATION`;
-        "bound_a_order": longest first by true lengths; "bound_c_prompts": prompts take no KV at all, as if all were
-        shared; "bound_f_wide": instances with few requests have `WIDTH` times the chips, at once and for free;
-        "bound_no_tail": no tail; "bound_g_idle": share of instance time that is idle, which other work could fill.
+        - "bound_a_order": longest first by true lengths;
+        - "bound_c_prompts": prompts take no KV at all, as if all were shared;
+        - "bound_f_wide": instances with few requests have `WIDTH` times the chips, at once and for free;
+        - "bound_g_idle": share of instance time that is idle, which other work could fill;
+        - "bound_work": over `least_time_s`; nothing that keeps hardware, model and drafts gets there;
+        - "bound_no_tail": as if the tail took no time.
 
     Raises:
         ProtocolError: If an option that is on fired in no run: it was not tested then.
@@ -135,6 +139,35 @@ def _bounds(workload: Workload, requests: SimRequests, seer: SimResult, seed: in
     bounds = {name: seer.rollout_time_s / run.rollout_time_s for name, run in runs.items()}
     all_s = workload.num_instances * seer.rollout_time_s
     return bounds | {
+        "bound_work": seer.rollout_time_s / least_time_s(workload, requests),
         "bound_no_tail": seer.rollout_time_s / (seer.rollout_time_s - seer.tail_time_s),
         "bound_g_idle": 1 - seer.counters.busy_s / all_s,
     }
+
+
+def least_time_s(workload: Workload, requests: SimRequests) -> float:
+    """No rollout of these requests is faster: seconds.
+
+    The greater of two times. All tokens at the best rate of full instances, in which every request is in the middle of
+    its life and has all siblings to draft from; and the longest request alone on an instance. Drafts have the length
+    that is best for each.
+    """
+    lengths, times, spec = requests.lengths[requests.lengths > 0], workload.times, workload.speculation
+    # A request of length L holds L / 2 tokens in the mean and lives in proportion to L.
+    context = workload.prompt_tokens + float((lengths.astype(np.float64) ** 2).sum() / (2 * lengths.sum()))
+    ranks = workload.ranks_per_instance
+    fits = min(workload.max_num_seqs, int(ranks * workload.kv_tokens_per_rank / context))
+    alpha = spec.acceptance_probability(workload.group_size - 1)
+    emitted = emitted_moments(np.array([alpha]), spec.gamma_max)[0][:, 0]
+
+    def best_rate(num_seqs: int, mean_context: float) -> float:
+        rates = [num_seqs / times.plain_step_s(num_seqs, mean_context)]
+        for gamma in range(1, spec.gamma_max + 1):
+            step_s = times.verify_step_s(num_seqs, num_seqs * (1 + gamma), mean_context)
+            rates.append(num_seqs * float(emitted[gamma]) / float(step_s))
+        return max(rates)
+
+    rate = max(best_rate(size, context) for size in range(1, fits + 1))
+    longest = int(lengths.max())
+    alone_s = longest / best_rate(1, workload.prompt_tokens + longest / 2)
+    return max(float(lengths.sum()) / (workload.num_instances * rate), alone_s)
