@@ -46,11 +46,11 @@ STAGES = (
         systems=("verl", "divided", "context"),
         knobs={
             "cluster.kv_share": (0.3, 1.0),  # Colocated training state takes memory, too.
-            "requests.sigma": (0.45, 1.2),
-            "requests.correlation": (0.7, 0.98),
-            "times.memory_efficiency": (0.2, 0.9),
-            "times.step_overhead_s": (0.001, 0.06),
-            "times.compute_efficiency": (0.05, 0.6),  # What is preempted is computed again.
+            "requests.sigma": (0.5, 1.15),
+            "requests.correlation": (0.7, 0.96),
+            "times.memory_efficiency": (0.3, 0.8),
+            "times.step_overhead_s": (0.002, 0.04),
+            "times.prefill_efficiency": (0.01, 0.4),  # What is preempted is computed again.
         },
         weights={"divided": 4, "context": 4, "verl_rollout_s": 1, "verl_tail_s": 0.5},
         time_share=0.65,
@@ -69,6 +69,7 @@ SHORT_CHUNKS = {"qwen2_vl_72b": {"cluster.chunk_size": (1024, 8192)}}
 """The paper's 8k tokens would be one chunk for most requests of this workload, whose mean is 7.6k; it says no other."""
 LOGARITHMIC = {
     "cluster.chunk_size",
+    "times.prefill_efficiency",
     "times.step_overhead_s",
     "times.draft_overhead_s",
     "times.draft_overhead_per_token_s",

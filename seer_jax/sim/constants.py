@@ -77,6 +77,7 @@ CONSTANTS: Mapping[str, Mapping[str, Rule]] = {
     "times": {
         "memory_efficiency": Rule(low=1e-12, high=1.0),
         "compute_efficiency": Rule(low=1e-12, high=1.0),
+        "prefill_efficiency": Rule(low=1e-12, high=1.0),
         "step_overhead_s": Rule(),
         "draft_overhead_s": Rule(),
         "draft_overhead_per_token_s": Rule(),

@@ -43,6 +43,8 @@ class RooflineStepTimes:
         prefill_attention_ops_per_pair: The same in prefill, where MLA is not absorbed: 2 x heads x (192 + 128) a layer.
         memory_efficiency: Share of the bandwidth that is reached.
         compute_efficiency: Share of the operations per second that is reached.
+        prefill_efficiency: The same for prefill, of all chips, including those that wait: with data-parallel attention
+            one rank computes while the others stand still.
         step_overhead_s: Seconds that any step takes on top: launches, communication, sampling, the host.
         draft_overhead_s: Seconds that drafting and the walk add to a step that verifies.
         draft_overhead_per_token_s: Seconds per draft token on top of it.
@@ -62,6 +64,7 @@ class RooflineStepTimes:
     prefill_attention_ops_per_pair: float
     memory_efficiency: float
     compute_efficiency: float
+    prefill_efficiency: float
     step_overhead_s: float
     draft_overhead_s: float
     draft_overhead_per_token_s: float
@@ -86,14 +89,10 @@ class RooflineStepTimes:
         return overhead_s + (memory_s if memory_s > compute_s else compute_s)
 
     def prefill_s(self, num_tokens: int, start: int = 0) -> float:
-        """Prefill of tokens `start .. start + num_tokens` of a request, bound by compute, spread over all chips.
-
-        It has no fixed overhead: it is part of a step. If one rank prefills alone while the others wait for it, the
-        time is `num_ranks` times this.
-        """
-        token_s = self._rates[4]
+        """Prefill of tokens `start .. start + num_tokens` of a request, bound by compute; part of a step."""
+        token_s, pair_s = self._prefill_rates
         pairs = num_tokens * (start + (num_tokens + 1) / 2)
-        return num_tokens * token_s + pairs * self._prefill_pair_s
+        return num_tokens * token_s + pairs * pair_s
 
     def pass_s(self, num_tokens: int, parameters: float, kv_bytes: float) -> float:
         """One pass of a small draft model, split like the model's own dense part, without overhead.
@@ -112,17 +111,22 @@ class RooflineStepTimes:
         return self.num_chips * self.chip.memory_bytes_per_s * self.memory_efficiency
 
     @property
-    def _linear_ops_per_s(self) -> float:
-        peak = self.chip.fp8_flops_per_s if self.bytes_per_parameter < 2 else self.chip.flops_per_s
-        return self.num_chips * peak * self.compute_efficiency
+    def _peak_linear(self) -> float:
+        return self.num_chips * (self.chip.fp8_flops_per_s if self.bytes_per_parameter < 2 else self.chip.flops_per_s)
 
     @property
-    def _attention_ops_per_s(self) -> float:
-        return self.num_chips * self.chip.flops_per_s * self.compute_efficiency
+    def _peak_attention(self) -> float:
+        return self.num_chips * self.chip.flops_per_s
+
+    @property
+    def _linear_ops_per_s(self) -> float:
+        return self._peak_linear * self.compute_efficiency
 
     @cached_property
-    def _prefill_pair_s(self) -> float:
-        return self.prefill_attention_ops_per_pair / self._attention_ops_per_s
+    def _prefill_rates(self) -> tuple[float, float]:
+        """Seconds of a token, and of a pair of query and context."""
+        token_s = 2 * self.active_parameters / (self._peak_linear * self.prefill_efficiency)
+        return token_s, self.prefill_attention_ops_per_pair / (self._peak_attention * self.prefill_efficiency)
 
     @cached_property
     def _rates(self) -> tuple[float, float, float, float, float, float, float]:
@@ -134,6 +138,6 @@ class RooflineStepTimes:
             1 - self.experts_per_token / self.num_experts if self.num_experts else 0.0,
             self.kv_bytes_per_token / self._bytes_per_s,
             2 * self.active_parameters / self._linear_ops_per_s,
-            self.attention_ops_per_pair / self._attention_ops_per_s,
+            self.attention_ops_per_pair / (self._peak_attention * self.compute_efficiency),
             self.step_overhead_s,
         )

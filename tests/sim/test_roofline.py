@@ -27,6 +27,7 @@ def times(**changes) -> RooflineStepTimes:
         prefill_attention_ops_per_pair=4.0,
         memory_efficiency=0.5,
         compute_efficiency=0.25,
+        prefill_efficiency=0.25,
         step_overhead_s=0.125,
         draft_overhead_s=0.5,
         draft_overhead_per_token_s=0.25,
