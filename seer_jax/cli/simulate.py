@@ -49,10 +49,10 @@ class SimulateArguments:
     """Instances and requests as a share of the workload's, with the same load per instance."""
     out: str = "runs/simulate-{time}"
     """Directory to write to; files of the same names are replaced."""
-    run: str | None = None
+    replay: str | None = None
     """Instead of experiments: directory of a `seer-jax rollout`, which is replayed, simulated, and compared."""
     profile: str | None = None
-    """With --run: step times of the same configuration, from `seer-jax profile --out FILE`."""
+    """With --replay: step times of the same configuration, from `seer-jax profile --out FILE`."""
     no_plots: Switch = False
     """Draw no charts."""
     list: Switch = False
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = parse_options(argv, prog="seer-jax simulate", defaults=SimulateArguments())
 
-    if arguments.run is not None or arguments.profile is not None:
+    if arguments.replay is not None or arguments.profile is not None:
         return _predict(arguments)
 
     from seer_jax.sim.experiments import EXPERIMENTS, run_experiment
@@ -116,8 +116,8 @@ def _predict(arguments: SimulateArguments) -> int:
     from seer_jax.core.latency import MeasuredStepTimes
     from seer_jax.sim.replay import predict
 
-    if arguments.run is None or arguments.profile is None:
-        given, missing = ("profile", "run") if arguments.run is None else ("run", "profile")
+    if arguments.replay is None or arguments.profile is None:
+        given, missing = ("profile", "replay") if arguments.replay is None else ("replay", "profile")
         raise ConfigError(missing, f"is not given, --{given} is", "both, a run and the step times of its machine")
     try:
         text = Path(arguments.profile).expanduser().read_text(encoding="utf-8")
@@ -127,7 +127,7 @@ def _predict(arguments: SimulateArguments) -> int:
         ) from error
     rows = [
         prediction.to_json()
-        for prediction in predict(Path(arguments.run).expanduser(), MeasuredStepTimes.from_json(text))
+        for prediction in predict(Path(arguments.replay).expanduser(), MeasuredStepTimes.from_json(text))
     ]
     if arguments.json:
         print(to_json_line({"simulated": True, "rollouts": rows}))

@@ -102,7 +102,9 @@ def predict(run_dir: Path, times: MeasuredStepTimes) -> list[Prediction]:
     for number, figures in enumerate(measured):
         policy, name = figures["policy"], f"{number}-{figures['policy']}"
         if figures["speculation"] != "off":
-            raise ConfigError("run", f"{name} of {run_dir} ran with speculation {figures['speculation']}", "run it off")
+            raise ConfigError(
+                "replay", f"{name} of {run_dir} ran with speculation {figures['speculation']}", "run it off"
+            )
         events = _read_events(run_dir / name / EVENTS_FILE)
         _replay(events, policy, config, figures["output_sha256"], name)
         infos, requests, true_lengths = _requests(events)
@@ -138,13 +140,13 @@ def _read_run(run_dir: Path) -> tuple[RunConfig, list[dict[str, Any]]]:
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     measured = [record for record in records if record.get("kind") == "rollout"]
     if not measured or not all("policy" in record for record in measured):
-        raise ConfigError("run", f"{str(run_dir)!r} holds no finished rollout", "a run of `seer-jax rollout`")
+        raise ConfigError("replay", f"{str(run_dir)!r} holds no finished rollout", "a run of `seer-jax rollout`")
     return load_config(str(config)), measured
 
 
 def _read_events(file: Path) -> list[Event]:
     if not file.is_file():
-        raise ConfigError("run", f"there is no {str(file)!r}", "a directory that `seer-jax rollout` wrote")
+        raise ConfigError("replay", f"there is no {str(file)!r}", "a directory that `seer-jax rollout` wrote")
     return [decode_event(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 

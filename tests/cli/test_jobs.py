@@ -63,7 +63,7 @@ def test_rollout_compares_policies_and_leaves_samples_and_a_log_that_replays(
     assert type(commands[-1]).__name__ == "IterationDone"
     profile = tmp_path / "profile.json"
     profile.write_text(SOME_TIMES.to_json())
-    simulated = run(capsys, "simulate", "--run", str(run_dir), "--profile", str(profile), "--json")["rollouts"]
+    simulated = run(capsys, "simulate", "--replay", str(run_dir), "--profile", str(profile), "--json")["rollouts"]
     assert [row["policy"] for row in simulated] == ["seer", "group_round_robin"]
     for row, figures in zip(simulated, runs, strict=True):
         assert row["rollout_time_s"] == figures["rollout_time_s"]

@@ -160,6 +160,9 @@ BAD_INPUT = [
     (["--scale", "nan"], "scale:"),
     (["--out", "a/moonlight.yaml/x"], "out: cannot write to 'a/moonlight.yaml/x'"),
     (["--out", "{nme}"], "out: cannot be filled in: '{nme}'"),
+    (["--replay", "nowhere"], "profile: is not given, --replay is"),
+    (["--profile", "p.json"], "replay: is not given, --profile is"),
+    (["--replay", "nowhere", "--profile", "nothing.json"], "profile: cannot read 'nothing.json'"),
     (["--experimnt", "breakdown"], "--experimnt: unknown option (did you mean --experiment?)"),
 ]
 
@@ -191,8 +194,8 @@ import seer_jax.cli.simulate, seer_jax.sim.outputs
 from seer_jax.cli.main import main
 with contextlib.suppress(SystemExit):
     main(["simulate", "--help"])
-with contextlib.suppress(ImportError):  # Until the experiments are there.
-    main(["simulate", "--list"])
+assert main(["simulate", "--list"]) == 0
+import seer_jax.sim.beyond, seer_jax.sim.replay
 loaded = {"jax", "flax", "ray", "matplotlib"} & set(sys.modules)
 assert not loaded, loaded
 """
