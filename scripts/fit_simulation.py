@@ -56,7 +56,7 @@ STAGES = (
         time_share=0.65,
     ),
     Stage(
-        systems=("verl", "verl_sd", "verl_grouped_sd", "seer"),
+        systems=("verl", "verl_grouped_sd", "seer"),
         knobs={
             "times.draft_overhead_s": (0.0002, 0.1),
             "times.draft_overhead_per_token_s": (1e-7, 2e-4),
@@ -95,7 +95,6 @@ GAINS = {
     "divided": "divided",
     "context": "context",
     "seer": "full",
-    "verl_sd": "vanilla_gain",
     "verl_grouped_sd": "seer_gain",
 }
 
@@ -158,12 +157,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--wide", type=float, default=0.35)
+    parser.add_argument("--wide", type=float, default=0.35, help="share of the time for points anywhere in the boxes")
+    parser.add_argument("--stages", default="1,2", help="which; the constants of the other one stay")
     options = parser.parse_args()
     workload = load_workload(options.workload).scaled(options.scale)
     rng, found, figures = np.random.default_rng(0), {}, {}
-    for number, stage in enumerate(STAGES):
-        if not number:
+    for number in map(int, options.stages.split(",")):
+        stage = STAGES[number - 1]
+        if number == 1:
             stage = replace(stage, knobs=stage.knobs | SHORT_CHUNKS.get(options.workload, {}))
         knobs = search(workload, stage, options.minutes * stage.time_share, rng, options.wide)
         workload = changed(workload, knobs)
