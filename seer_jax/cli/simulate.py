@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         argv: Arguments after `simulate`.
 
     Returns:
-        0.
+        0; 1 if an option that was on never fired, so that its figures say nothing.
 
     Raises:
         ConfigError: For bad arguments or a workload that does not fit.
@@ -94,12 +94,13 @@ def main(argv: Sequence[str]) -> int:
         print(f"seer-jax: no charts without matplotlib: {INSTALL_HINT}, or --no-plots", file=sys.stderr)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     started = time.perf_counter()
-    reports = {}
+    reports, silent = {}, []
     for name in experiments:
         print(f"simulating {name}: {', '.join(workloads)}; {len(seeds)} seeds", file=sys.stderr)
         result = run_experiment(name, workloads, seeds=tuple(seeds), jobs=arguments.jobs, scale=arguments.scale)
         write_outputs(result, directory, plots=plots)
         reports[name] = to_json(result)
+        silent += [option for option, count in result.firings.items() if not count]
         if not arguments.json:
             print_result(result)
     wall_s = time.perf_counter() - started
@@ -108,6 +109,9 @@ def main(argv: Sequence[str]) -> int:
         print(to_json_line((several if len(reports) > 1 else reports[experiments[0]]) | {"out": str(directory)}))
     else:
         print(f"simulated in {wall_s:.1f} s, written to {directory}")
+    if silent:
+        print(f"seer-jax: on, but never fired, so not tested: {', '.join(silent)}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -3,6 +3,7 @@
 Every value is Seer's time over the option's on the same lengths and seed, so above 1 is faster.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from seer_jax.config.schema import RolloutConfig
-from seer_jax.core.errors import ProtocolError
 from seer_jax.core.scheduling import switched_on
 from seer_jax.sim.drafting import emitted_moments
 from seer_jax.sim.roofline import RooflineStepTimes
@@ -24,57 +24,62 @@ LOW_CORRELATION = 0.57
 WIDTH, WIDE_SEQS = 4, 8
 """Chips of joined instances over those of one, and requests per rank up to which instances join."""
 SPECULATION = "speculation"
-OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "a_posterior": {"length_estimator": "posterior"},
-    "b_chunk_2k": {"chunk_size": 2048},
-    "b_chunk_1k": {"chunk_size": 1024},
-    "b_adaptive_chunk": {"min_chunk_size": 512},
-    "d_backfill": {"backfill_depth": 32},
-    "e_tail_priority": {"tail_priority": True},
-    "e_trees": {SPECULATION: "grouped_tree"},
-    "trees_chunk_2k": {SPECULATION: "grouped_tree", "chunk_size": 2048},
-    "trees_chunk_2k_adaptive": {SPECULATION: "grouped_tree", "chunk_size": 2048, "min_chunk_size": 512},
-    "all": {
-        SPECULATION: "grouped_tree",
-        "length_estimator": "posterior",
-        "chunk_size": 2048,
-        "min_chunk_size": 512,
-        "backfill_depth": 32,
-        "tail_priority": True,
-    },
-}
-"""Settings of `RolloutConfig`, and of drafting; the letters are those of issue C."""
+ENVELOPE_POINTS = 40
+"""Contexts at which the least time of a token is computed."""
+
+
+def options_of(workload: Workload) -> dict[str, dict[str, Any]]:
+    """What is compared: settings of `RolloutConfig` and of drafting by name; the letters are those of issue C."""
+    half, quarter = workload.chunk_size // 2, workload.chunk_size // 4
+    smallest = max(workload.page_size, workload.chunk_size // 16)
+    return {
+        "a_posterior": {"length_estimator": "posterior"},
+        "b_half_chunk": {"chunk_size": half},
+        "b_quarter_chunk": {"chunk_size": quarter},
+        "b_adaptive_chunk": {"min_chunk_size": smallest},
+        "d_backfill": {"backfill_depth": 32},
+        "e_tail_priority": {"tail_priority": True},
+        "e_trees": {SPECULATION: "grouped_tree"},
+        "trees_quarter_chunk": {SPECULATION: "grouped_tree", "chunk_size": quarter},
+        "trees_quarter_adaptive": {SPECULATION: "grouped_tree", "chunk_size": quarter, "min_chunk_size": smallest},
+        "all": {
+            SPECULATION: "grouped_tree",
+            "length_estimator": "posterior",
+            "chunk_size": quarter,
+            "min_chunk_size": smallest,
+            "backfill_depth": 32,
+            "tail_priority": True,
+        },
+    }
 
 
 def compare_options(workload: Workload, seed: int) -> tuple[dict[str, float], Counter[str]]:
-    """Gains over Seer of every option, of bounds that no policy can pass, and how often options fired.
+    """Gains over Seer of every option, bounds, and how often options fired.
 
     Returns:
-        By name: options of `OPTIONS` and, with the suffix "_low", the same at a correlation of `LOW_CORRELATION`;
+        Values by name, and firings by "workload:option:what". The values are: options of `options_of` and, with the
+        suffix "_low", the same at a correlation of `LOW_CORRELATION`;
         - "bound_a_order": longest first by true lengths;
         - "bound_c_prompts": prompts take no KV at all, as if all were shared;
         - "bound_f_wide": instances with few requests have `WIDTH` times the chips, at once and for free;
         - "bound_g_idle": share of instance time that is idle, which other work could fill;
         - "bound_work": over `least_time_s`; nothing that keeps hardware, model and drafts gets there;
         - "bound_no_tail": as if the tail took no time.
-
-    Raises:
-        ProtocolError: If an option that is on fired in no run: it was not tested then.
+        The first three are simulations of Seer with something that it cannot have.
+        A count of 0 means that the option was on and changed nothing: it was not tested.
     """
     values: dict[str, float] = {}
     fired: Counter[str] = Counter()
     for suffix, chosen in (("", workload), ("_low", workload.with_values({"requests.correlation": LOW_CORRELATION}))):
         requests = draw_requests(chosen, seed)
         seer = simulate(chosen, SYSTEMS["seer"], requests, seed=seed)
-        for name, options in OPTIONS.items():
+        for name, options in options_of(chosen).items():
             result = simulate(chosen, with_options(name, options), requests, seed=seed)
             values[name + suffix] = seer.rollout_time_s / result.rollout_time_s
-            fired.update(result.firings)
+            counts = result.firings | {"chunk_size": abs(result.num_chunks - seer.num_chunks)}
+            fired.update({f"{workload.name}:{name}:{what}": counts.get(what, 0) for what in _switched_on(options)})
         if not suffix:
             values |= _bounds(chosen, requests, seer, seed)
-    silent = {option for options in OPTIONS.values() for option in _switched_on(options)} - fired.keys()
-    if silent:
-        raise ProtocolError(f"{workload.name}, seed {seed}: {', '.join(sorted(silent))} never fired, so was not tested")
     return values, fired
 
 
@@ -86,9 +91,11 @@ def with_options(name: str, options: Mapping[str, Any]) -> System:
 
 
 def _switched_on(options: Mapping[str, Any]) -> tuple[str, ...]:
-    settings = {"chunk_size": 8192, **options}
-    trees = ("grouped_tree",) if settings.pop(SPECULATION, "grouped") == "grouped_tree" else ()
-    return (*switched_on(RolloutConfig(**settings)), *trees)
+    """What must fire."""
+    settings = dict(options)
+    names = [("grouped_tree",)] if settings.pop(SPECULATION, "grouped") == "grouped_tree" else []
+    names += [("chunk_size",)] if "chunk_size" in settings else []
+    return (*switched_on(RolloutConfig(**{"chunk_size": 1 << 30, **settings})), *(name for (name,) in names))
 
 
 @dataclass(frozen=True)
@@ -146,28 +153,48 @@ def _bounds(workload: Workload, requests: SimRequests, seer: SimResult, seed: in
 
 
 def least_time_s(workload: Workload, requests: SimRequests) -> float:
-    """No rollout of these requests is faster: seconds.
+    """No rollout of these requests, with lines or trees, is faster: seconds.
 
-    The greater of two times. All tokens at the best rate of full instances, in which every request is in the middle of
-    its life and has all siblings to draft from; and the longest request alone on an instance. Drafts have the length
-    that is best for each.
+    The greater of the longest request's time alone on an instance, and of all tokens' at the best mix of batches. A
+    token at context c takes an instance at least h(c) seconds: the step's time over the tokens that it emits, with as
+    many requests of that context as fit and the best drafts from all siblings. Batches of different contexts can be
+    mixed, but tokens and the sum of their contexts are given, so no mix beats N times the lower convex envelope of h at
+    the mean context.
     """
-    lengths, times, spec = requests.lengths[requests.lengths > 0], workload.times, workload.speculation
-    # A request of length L holds L / 2 tokens in the mean and lives in proportion to L.
-    context = workload.prompt_tokens + float((lengths.astype(np.float64) ** 2).sum() / (2 * lengths.sum()))
-    ranks = workload.ranks_per_instance
-    fits = min(workload.max_num_seqs, int(ranks * workload.kv_tokens_per_rank / context))
-    alpha = spec.acceptance_probability(workload.group_size - 1)
-    emitted = emitted_moments(np.array([alpha]), spec.gamma_max)[0][:, 0]
+    lengths = requests.lengths[requests.lengths > 0].astype(np.float64)
+    prompt, limit = workload.prompt_tokens, workload.lengths.limit
+    contexts = np.linspace(prompt, prompt + limit, ENVELOPE_POINTS)
+    room = workload.ranks_per_instance * workload.kv_tokens_per_rank
+    least = np.array(
+        [
+            min(_token_s(workload, size, c) for size in range(1, 1 + min(workload.max_num_seqs, math.ceil(room / c))))
+            for c in contexts.tolist()
+        ]
+    )
+    mean_context = prompt + float((lengths**2).sum() / (2 * lengths.sum()))
+    envelope = _convex_envelope(contexts, least, mean_context)
+    longest = float(lengths.max())
+    alone_s = longest * _token_s(workload, 1, prompt + longest / 2)
+    return max(float(lengths.sum()) * envelope / workload.num_instances, alone_s)
 
-    def best_rate(num_seqs: int, mean_context: float) -> float:
-        rates = [num_seqs / times.plain_step_s(num_seqs, mean_context)]
-        for gamma in range(1, spec.gamma_max + 1):
-            step_s = times.verify_step_s(num_seqs, num_seqs * (1 + gamma), mean_context)
-            rates.append(num_seqs * float(emitted[gamma]) / float(step_s))
-        return max(rates)
 
-    rate = max(best_rate(size, context) for size in range(1, fits + 1))
-    longest = int(lengths.max())
-    alone_s = longest / best_rate(1, workload.prompt_tokens + longest / 2)
-    return max(float(lengths.sum()) / (workload.num_instances * rate), alone_s)
+def _token_s(workload: Workload, num_seqs: int, context: float) -> float:
+    """Seconds of an instance per token, with the best drafts that a complete group gives."""
+    times, spec, siblings = workload.times, workload.speculation, workload.group_size - 1
+    alpha = spec.acceptance_probability(siblings)
+    emitted = emitted_moments(np.array([alpha]), spec.gamma_max)[0][:, 0].tolist()
+    least = times.plain_step_s(num_seqs, context) / num_seqs
+    drafts = [*enumerate(emitted), (spec.tree_nodes, spec.tree_acceptance_length(siblings))][1:]
+    for nodes, length in drafts:
+        step_s = float(times.verify_step_s(num_seqs, round(num_seqs * (1 + nodes)), context))
+        least = min(least, step_s / (num_seqs * length))
+    return least
+
+
+def _convex_envelope(xs: np.ndarray, ys: np.ndarray, x: float) -> float:
+    """The greatest convex function below the points, at `x`: the least chord over it."""
+    left, right = xs <= x, xs >= x
+    x0, y0 = xs[left][:, None], ys[left][:, None]
+    x1, y1 = xs[right][None], ys[right][None]
+    share = np.where(x1 > x0, (x - x0) / np.maximum(x1 - x0, 1e-12), 0.0)
+    return float((y0 + share * (y1 - y0)).min())

@@ -36,6 +36,7 @@ class Experiment:
         figures: Values by name, from the results of one seed; names are those of the workload's `paper` section.
         units: Unit of a figure by the end of its name; "" is the default.
         fitted: Names of figures that the constants were chosen to meet.
+        inputs: Names of figures that are constants, or 1 by definition.
         group_sizes: The experiment is run with each of them; None: the workload's own.
     """
 
@@ -45,6 +46,7 @@ class Experiment:
     figures: Callable[[Results], Values]
     units: Mapping[str, str]
     fitted: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
     group_sizes: tuple[int, ...] | None = None
 
 
@@ -106,6 +108,7 @@ EXPERIMENT_TABLE: Mapping[str, Experiment] = {
         systems=("verl", "verl_sd", "streamrl_oracle", "streamrl_oracle_sd", "seer"),
         figures=_gains,
         units={"": "x veRL"},
+        inputs=("verl_8", "verl_16"),
         group_sizes=(8, 16),
     ),
     "tail": Experiment(
@@ -138,7 +141,8 @@ EXPERIMENT_TABLE: Mapping[str, Experiment] = {
         systems=("verl", "verl_sd", "verl_grouped_sd"),
         figures=_sd_strategies,
         units={"_tau": "tokens a step", "": "x veRL"},
-        fitted=("vanilla_gain", "vanilla_tau", "seer_gain", "seer_tau"),
+        fitted=("seer_gain", "seer_tau"),
+        inputs=("vanilla_tau",),
     ),
     "utilization": Experiment(
         title="Running requests and KV use over time",
@@ -250,19 +254,35 @@ def _summarize(name: str, workload: Workload, outcomes: Sequence[_Outcome]) -> W
     paper = dict(workload.paper.get(name, {}))
     if name == "breakdown" and (tail := workload.paper.get("tail")):
         paper["tail_reduction"] = 1 - tail["seer_tail_s"] / tail["verl_tail_s"]
-    fitted = EXPERIMENT_TABLE[name].fitted if name in EXPERIMENT_TABLE else ()
     figures = tuple(
         Figure(
             name=figure,
             per_seed=tuple(outcome.values[figure] for outcome in outcomes),
             paper=paper.get(figure),
-            kind="fitted" if figure in fitted else "predicted",
+            kind=_kind(name, figure, workload),
             unit=_unit(name, figure),
         )
         for figure in outcomes[0].values
     )
+    if name == BEYOND:
+        figures = tuple(sorted(figures, key=lambda figure: -figure.mean))
     timelines = tuple(timeline for outcome in outcomes for timeline in outcome.timelines)
     return WorkloadResult(workload=workload.name, figures=figures, timelines=timelines, constants=workload.constants)
+
+
+def _kind(name: str, figure: str, workload: Workload) -> str:
+    """Where a figure comes from; the same run may be another experiment's."""
+    if name not in EXPERIMENT_TABLE:
+        return "predicted"
+    experiment = EXPERIMENT_TABLE[name]
+    if figure in experiment.inputs:
+        return "input"
+    own = workload.group_size
+    # What drafting by a model costs was chosen to meet its gain; drafting from the text costs what Seer's does.
+    fitted = {f"seer_{own}", *experiment.fitted}
+    if workload.vanilla != "suffix":
+        fitted |= {"vanilla_gain", f"verl_sd_{own}"}
+    return "fitted" if figure in fitted else "predicted"
 
 
 def _title(name: str) -> tuple[str, str]:

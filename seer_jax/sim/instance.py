@@ -305,7 +305,7 @@ class SimInstance:
             mean_context=context,
         )
         self._verification = self._speculation.plan(batch)
-        rows[RATE][:] = 1.0
+        rows[RATE][:] = self._active  # Those whose KV is under way get a rate when it has come.
         num_tokens = num_seqs
         if self._verification is not None:
             rates, variances, num_tokens = self._verification

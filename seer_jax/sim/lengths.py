@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -147,7 +148,7 @@ def _read_arrays(path: Path) -> tuple[np.ndarray, ...]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("lengths", "offsets", "group") if name in file.files}
             names = ", ".join(file.files)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, BadZipFile) as error:
         raise ConfigError("trace", f"{path} cannot be read: {error}", "write it with numpy.savez") from error
     if "lengths" in arrays:
         lengths = arrays["lengths"]
@@ -175,7 +176,7 @@ def _read_lines(path: Path) -> tuple[np.ndarray, ...] | np.ndarray:
             for number, line in enumerate(lines, 1):
                 group, length = _read_line(line, f"line {number} of {path}")
                 groups.setdefault(group, []).append(length)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ConfigError("trace", f"{path} cannot be read: {error}", "JSON, an object per line") from error
     if not groups:
         raise ConfigError("trace", f"{path} is empty", "one request per line")

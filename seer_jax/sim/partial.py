@@ -9,12 +9,16 @@ from seer_jax.sim.systems import SYSTEMS, draw_requests, simulate
 from seer_jax.sim.workloads import Workload
 
 OVER_ISSUE = 2
+FIRST_SEED = 1_000_000
+"""Far from the seeds of fits and of other experiments."""
 NUM_WARM_UP, NUM_MEASURED = 3, 3
 """Iterations until the carried-over requests are in a steady state, and those that count."""
 
 
 def simulate_partial(workload: Workload, seed: int) -> dict[str, float]:
-    """Seer beside partial rollout on veRL, several iterations each, on the same stream of prompts.
+    """Seer beside partial rollout on veRL, several iterations each, on prompts of the same law.
+
+    They are not the same prompts: what partial rollout trains on was issued in other iterations.
 
     In every iteration of partial rollout `OVER_ISSUE` times the requests are in flight; when as many have finished as
     an iteration needs, the rest is cut off and goes on in the next one under new weights: its KV is computed again, its
@@ -27,7 +31,7 @@ def simulate_partial(workload: Workload, seed: int) -> dict[str, float]:
     """
     verl, seer = SYSTEMS["verl"], SYSTEMS["seer"]
     fresh = deque[int]()
-    next_seed = seed * 1000
+    next_seed = first_seed = FIRST_SEED + 1000 * seed
     carried: list[tuple[int, int]] = []  # (true length, generated so far)
     tokens, seconds, carried_tokens, num_trained = 0, 0.0, 0, 0
     for iteration in range(NUM_WARM_UP + NUM_MEASURED):
@@ -49,7 +53,7 @@ def simulate_partial(workload: Workload, seed: int) -> dict[str, float]:
             if (i, 0) in result.unfinished
         ]
     runs: list[SimResult] = [
-        simulate(workload, seer, draw_requests(workload, seed * 1000 + i), seed=seed) for i in range(NUM_MEASURED)
+        simulate(workload, seer, draw_requests(workload, first_seed + i), seed=seed) for i in range(NUM_MEASURED)
     ]
     seer_rate = sum(run.generated_tokens for run in runs) / sum(run.rollout_time_s for run in runs)
     return {

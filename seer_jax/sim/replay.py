@@ -14,10 +14,10 @@ from seer_jax.core.commands import EmitSample
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.errors import ConfigError, ProtocolError
 from seer_jax.core.eventlog import decode_event
-from seer_jax.core.events import ChunkFinished, Event, GroupsSubmitted, InstanceJoined
+from seer_jax.core.events import Event, GroupsSubmitted, InstanceJoined, InstanceLost
 from seer_jax.core.latency import MeasuredStepTimes
 from seer_jax.core.scheduling import make_estimator, make_policy
-from seer_jax.core.types import InstanceInfo, RequestId, output_sha256
+from seer_jax.core.types import InstanceInfo, RequestId, Sample, output_sha256
 from seer_jax.obs.run_dir import CONFIG_FILE, METRICS_FILE
 from seer_jax.sim.simulation import SimCluster, SimRequests, Simulation
 
@@ -106,8 +106,10 @@ def predict(run_dir: Path, times: MeasuredStepTimes) -> list[Prediction]:
                 "replay", f"{name} of {run_dir} ran with speculation {figures['speculation']}", "run it off"
             )
         events = _read_events(run_dir / name / EVENTS_FILE)
-        _replay(events, policy, config, figures["output_sha256"], name)
-        infos, requests, true_lengths = _requests(events)
+        if any(isinstance(event, InstanceLost) for event in events):
+            raise ConfigError("replay", f"{name} of {run_dir} lost an instance", "a run in which all instances live")
+        samples = _replay(events, policy, config, figures["output_sha256"], name)
+        infos, requests, true_lengths = _requests(events, samples)
         settings = config.rollout
         result = Simulation(
             cluster=SimCluster(infos=infos, times=ProfiledTimes(times)),
@@ -137,7 +139,7 @@ def _read_run(run_dir: Path) -> tuple[RunConfig, list[dict[str, Any]]]:
         raise ConfigError(
             "run", f"{str(run_dir)!r} has no {METRICS_FILE} and {CONFIG_FILE}", "a directory of `rollout`"
         )
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = _read_json_lines(metrics)
     measured = [record for record in records if record.get("kind") == "rollout"]
     if not measured or not all("policy" in record for record in measured):
         raise ConfigError("replay", f"{str(run_dir)!r} holds no finished rollout", "a run of `seer-jax rollout`")
@@ -147,27 +149,39 @@ def _read_run(run_dir: Path) -> tuple[RunConfig, list[dict[str, Any]]]:
 def _read_events(file: Path) -> list[Event]:
     if not file.is_file():
         raise ConfigError("replay", f"there is no {str(file)!r}", "a directory that `seer-jax rollout` wrote")
-    return [decode_event(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [decode_event(record) for record in _read_json_lines(file)]
 
 
-def _replay(events: Sequence[Event], policy: str, config: RunConfig, sha256: str, name: str) -> None:
+def _read_json_lines(file: Path) -> list[dict[str, Any]]:
+    records = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ConfigError("replay", f"line {number} of {file} is no JSON: {error}", "a run that ended") from error
+    return records
+
+
+def _replay(events: Sequence[Event], policy: str, config: RunConfig, sha256: str, name: str) -> list[Sample]:
     """Feed a fresh driver; it raises at a result of a chunk that it did not send there."""
     driver = RolloutDriver(make_policy(policy, config.rollout), make_estimator(policy, config.rollout))
     commands = [command for event in events for command in driver.handle(event)]
     samples = [command.sample for command in commands if isinstance(command, EmitSample)]
     if output_sha256(samples) != sha256:
         raise ProtocolError(f"{name}: the replayed responses hash to {output_sha256(samples)}, recorded is {sha256}")
+    return samples
 
 
-def _requests(events: Sequence[Event]) -> tuple[tuple[InstanceInfo, ...], SimRequests, dict[RequestId, int]]:
+def _requests(
+    events: Sequence[Event], samples: Sequence[Sample]
+) -> tuple[tuple[InstanceInfo, ...], SimRequests, dict[RequestId, int]]:
     """Instances and requests of a recorded rollout; groups are numbered in the order of submission."""
     infos = tuple(event.info for event in events if isinstance(event, InstanceJoined))
     groups = next(event.groups for event in events if isinstance(event, GroupsSubmitted))
     numbers = {group.group_id: number for number, group in enumerate(groups)}
     lengths = np.zeros((len(groups), max(group.group_size for group in groups)), np.int64)
-    for event in events:
-        if isinstance(event, ChunkFinished):
-            lengths[numbers[event.request_id.group_id], event.request_id.index] += len(event.token_ids)
+    for sample in samples:
+        lengths[numbers[sample.request_id.group_id], sample.request_id.index] = len(sample.token_ids)
     requests = SimRequests(
         lengths=lengths,
         prompts=np.array([len(group.prompt_token_ids) for group in groups]),

@@ -14,6 +14,9 @@ from jaxtyping import Float64, Num
 RESERVED_NAMES = ("details", "constants")
 """Keys of a workload in the JSON that are not figures."""
 
+T_QUANTILES = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+"""97.5 % quantiles of Student's t by degrees of freedom; 2 beyond is off by less than a tenth."""
+
 CSV_COLUMNS = ("experiment", "workload", "figure", "unit", "seed", "value", "paper", "kind")
 
 
@@ -40,7 +43,8 @@ class Figure:
         name: Such as "divided"; a key of the JSON.
         per_seed: Our value for each seed, in `unit`.
         paper: The paper's value in `unit`; None if it gives none.
-        kind: "fitted" if a constant was chosen to meet it, else "predicted".
+        kind: "input" if it is a constant or 1 by definition, "fitted" if constants were chosen to meet it, else
+            "predicted".
         unit: Such as "x veRL", "s", "share".
     """
 
@@ -60,8 +64,8 @@ class Figure:
             raise ValueError(f"figure {self.name!r} is {self.per_seed}: one finite value per seed is wanted")
         if self.paper is not None and not math.isfinite(self.paper):
             raise ValueError(f"figure {self.name!r}: the paper's value is {self.paper}")
-        if self.kind not in ("fitted", "predicted"):
-            raise ValueError(f"figure {self.name!r} is {self.kind!r}, neither fitted nor predicted")
+        if self.kind not in ("input", "fitted", "predicted"):
+            raise ValueError(f"figure {self.name!r} is {self.kind!r}, neither input nor fitted nor predicted")
 
     @property
     def mean(self) -> float:
@@ -72,6 +76,14 @@ class Figure:
     def spread(self) -> float:
         """Sample standard deviation over the seeds, in `unit`; 0 for one seed."""
         return stdev(self.per_seed) if len(self.per_seed) > 1 else 0.0
+
+    @property
+    def half_width(self) -> float | None:
+        """Of the 95 % confidence interval of the mean, Student's t, in `unit`; None for one seed."""
+        count = len(self.per_seed)
+        if count < 2:
+            return None
+        return T_QUANTILES.get(count - 1, 2.0) * self.spread / math.sqrt(count)
 
     @property
     def error(self) -> float | None:
@@ -215,6 +227,7 @@ def _figure_to_json(figure: Figure) -> dict[str, Any]:
     return {
         "mean": float(figure.mean),
         "spread": float(figure.spread),
+        "ci95": None if figure.half_width is None else float(figure.half_width),
         "per_seed": [float(value) for value in figure.per_seed],
         "paper": None if figure.paper is None else float(figure.paper),
         "error": None if figure.error is None else float(figure.error),

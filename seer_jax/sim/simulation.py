@@ -70,7 +70,7 @@ class SimCluster:
         times: Step times of any of them.
         num_ranks: Data-parallel ranks of each, which share its pages evenly.
         kv_bytes_per_token: For transfers.
-        transfer_bytes_per_s: Between an instance and the pool.
+        transfer_bytes_per_s: Between one rank of an instance and the pool.
         transfer_latency_s: Of each transfer.
     """
 
@@ -100,7 +100,7 @@ class SimCluster:
             times=times or workload.times,
             num_ranks=num_ranks,
             kv_bytes_per_token=workload.kv_bytes_per_token,
-            transfer_bytes_per_s=workload.transfer_bytes_per_s,
+            transfer_bytes_per_s=workload.transfer_bytes_per_s / num_ranks,
             transfer_latency_s=workload.transfer_latency_s,
         )
 
@@ -200,10 +200,19 @@ class Simulation:
             pending.extend(instance.collect())
             while pending:
                 touched |= self._carry_out(driver.handle(pending.popleft()), now, pending)
-                if self.stop_after is not None and len(self._finish_times) >= self.stop_after:
-                    self._is_done = True
-                    break
+            if self.stop_after is not None and len(self._finish_times) >= self.stop_after:
+                self._settle(driver, now)
+                break
         return self._result(driver, now)
+
+    def _settle(self, driver: RolloutDriver, now: float) -> None:
+        """Let everything that ends at this very moment end, before the rest is cut off."""
+        pending: deque[ChunkFinished] = deque()
+        for instance in self._instances.values():
+            instance.advance(min(now, instance.next_event_s))
+            pending.extend(instance.collect())
+        while pending:
+            self._carry_out(driver.handle(pending.popleft()), now, pending)
 
     def _make_instance(self, info: InstanceInfo) -> SimInstance:
         cluster, lengths = self.cluster, self.requests.lengths
@@ -265,14 +274,13 @@ class Simulation:
             firings=dict(driver.firings),
             changes=np.array(self._changes, np.float64).reshape(-1, 4),
             spans=tuple(self._spans),
-            unfinished=self._unfinished(driver, now),
+            unfinished=self._unfinished(driver),
         )
 
-    def _unfinished(self, driver: RolloutDriver, now: float) -> dict[tuple[int, int], int]:
+    def _unfinished(self, driver: RolloutDriver) -> dict[tuple[int, int], int]:
         left = {tuple(r.request_id): r.num_generated for r in driver.buffer.waiting.values()}
         left |= {tuple(r.request_id): r.num_generated for r in driver.buffer.running.values()}
         for instance in self._instances.values() if left else ():
-            instance.advance(min(now, instance.next_event_s))
             for chunk, num_new in instance.unfinished():
                 left[tuple(chunk.request_id)] = _num_generated(chunk) + num_new
         return left

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from seer_jax.core.errors import ConfigError, ProtocolError
+from seer_jax.core.errors import ConfigError
 from seer_jax.sim import beyond
-from seer_jax.sim.beyond import LOW_CORRELATION, OPTIONS, compare_options, least_time_s, with_options
-from seer_jax.sim.experiments import EXPERIMENTS, run_experiment
+from seer_jax.sim.beyond import LOW_CORRELATION, compare_options, least_time_s, options_of, with_options
+from seer_jax.sim.experiments import EXPERIMENTS, _kind, run_experiment
 from seer_jax.sim.partial import simulate_partial
 from seer_jax.sim.report import to_json
 from seer_jax.sim.systems import SYSTEMS, draw_requests, find_system, simulate
@@ -65,21 +65,21 @@ def test_partial_rollout_prefers_short_answers_and_carries_tokens_over():
 
 
 def test_options_beyond_the_paper_are_compared_on_the_same_requests(monkeypatch):
-    monkeypatch.setattr(beyond, "OPTIONS", {"chunk_2k": {"chunk_size": 2048}, "trees": {"speculation": "grouped_tree"}})
+    chosen = {"half_chunk": {"chunk_size": 4096}, "trees": {"speculation": "grouped_tree"}}
+    monkeypatch.setattr(beyond, "options_of", lambda workload: chosen)
     cheap = {"times.draft_overhead_per_token_s": 1e-6}
     values, fired = compare_options(load_workload("moonlight").scaled(SMALL).with_values(cheap), 5)
-    assert {"chunk_2k", "chunk_2k_low", "trees", "bound_a_order", "bound_work"} <= values.keys()
-    assert fired["grouped_tree"] > 0
+    assert {"half_chunk", "half_chunk_low", "trees", "bound_a_order", "bound_work"} <= values.keys()
+    assert fired["moonlight:trees:grouped_tree"] > 0 and fired["moonlight:half_chunk:chunk_size"] > 0
     assert all(0.5 < value < 3 for name, value in values.items() if name != "bound_g_idle")
-    assert values["bound_work"] >= max(values["chunk_2k"], values["bound_a_order"])
+    assert values["bound_work"] >= max(values["half_chunk"], values["trees"], values["bound_a_order"])
 
 
-def test_an_option_that_never_fires_fails_the_comparison(monkeypatch):
-    monkeypatch.setattr(beyond, "OPTIONS", {"backfill": {"backfill_depth": 4}})
+def test_an_option_that_never_fires_is_counted_as_such(monkeypatch):
+    monkeypatch.setattr(beyond, "options_of", lambda workload: {"backfill": {"backfill_depth": 4}})
     # Memory and slots for all: nothing is ever passed.
     ample = load_workload("moonlight").scaled(SMALL).with_values({"cluster.kv_bytes_per_rank": 4e11})
-    with pytest.raises(ProtocolError, match="backfill never fired"):
-        compare_options(ample, 5)
+    assert compare_options(ample, 5)[1] == {"moonlight:backfill:backfill": 0}
 
 
 @pytest.mark.parametrize("name", ["moonlight", pytest.param("kimi_k2", marks=pytest.mark.slow)])
@@ -98,9 +98,39 @@ def test_lower_correlation_keeps_mean_and_limit():
     assert lengths.max() <= workload.lengths.limit
 
 
-def test_all_options_are_settings_of_the_real_policy():
-    for name, options in OPTIONS.items():
-        assert with_options(name, options).policy == "seer"
+@pytest.mark.parametrize("name", ["moonlight", "qwen2_vl_72b", "kimi_k2"])
+def test_every_option_is_a_setting_that_differs_from_the_workloads_own(name):
+    workload = load_workload(name)
+    for option, settings in options_of(workload).items():
+        assert with_options(option, settings).policy == "seer"
+        assert settings.get("chunk_size") != workload.chunk_size
+        assert settings.get("min_chunk_size", 0) < settings.get("chunk_size", workload.chunk_size)
+
+
+@pytest.mark.parametrize(
+    ("points", "x", "expected"),
+    [
+        ([(0, 4), (1, 1), (2, 4)], 1.0, 1.0),
+        ([(0, 0), (1, 3), (2, 2)], 1.0, 1.0),  # The chord from the first to the last lies below the middle.
+        ([(0, 0), (1, 3), (2, 2)], 0.5, 0.5),
+    ],
+)
+def test_convex_envelope(points, x, expected):
+    xs, ys = np.array(points, np.float64).T
+    assert beyond._convex_envelope(xs, ys, x) == pytest.approx(expected)
+
+
+def test_kinds_of_figures():
+    kimi = load_workload("kimi_k2")
+    kinds = {
+        (name, figure): _kind(name, figure, kimi)
+        for name, figure in [
+            ("breakdown", "full"), ("end_to_end", "seer_8"), ("end_to_end", "seer_16"), ("end_to_end", "verl_8"),
+            ("end_to_end", "verl_sd_8"), ("sd_strategies", "vanilla_tau"), ("partial_rollout", "seer_gain"),
+        ]
+    }  # fmt: skip
+    assert list(kinds.values()) == ["fitted", "fitted", "predicted", "input", "fitted", "input", "predicted"]
+    assert _kind("sd_strategies", "vanilla_gain", load_workload("moonlight")) == "predicted"
 
 
 @pytest.mark.parametrize(

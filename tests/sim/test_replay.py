@@ -93,6 +93,18 @@ def test_runs_that_cannot_be_predicted(tmp_path, changes, message):
         predict(tmp_path, TIMES)
 
 
+def test_runs_that_lost_an_instance_or_were_torn_are_refused(tmp_path):
+    record(tmp_path)
+    log = tmp_path / "0-seer" / "events.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '\n{"type": "InstanceLost", "instance_id": 1}\n')
+    with pytest.raises(ConfigError, match="lost an instance"):
+        predict(tmp_path, TIMES)
+    log.write_text(whole[:-9])
+    with pytest.raises(ConfigError, match=r"line \d+ of .*events\.jsonl is no JSON"):
+        predict(tmp_path, TIMES)
+
+
 def test_a_directory_that_is_no_run(tmp_path):
     with pytest.raises(ConfigError, match=r"has no metrics\.jsonl"):
         predict(tmp_path, TIMES)

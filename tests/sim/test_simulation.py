@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from seer_jax.core.batching import BatchPlanner
 from seer_jax.core.errors import ConfigError
 from seer_jax.core.scheduling import DividedPolicy, GroupRoundRobinPolicy, SeerPolicy
-from seer_jax.core.types import InstanceInfo, RequestChunk, RequestId, SamplingParams
+from seer_jax.core.sequence import NewTokens
+from seer_jax.core.types import InstanceInfo, KVHandle, RequestChunk, RequestId, SamplingParams
 from seer_jax.sim.instance import SimInstance
 from seer_jax.sim.lengths import sample_lengths
 from seer_jax.sim.simulation import SimCluster, SimRequests, SimResult, Simulation
@@ -93,17 +94,52 @@ def test_prefill_stalls_the_batch_and_each_prompt_counts_once():
     assert result.rollout_time_s == pytest.approx(100 * 0.01 + 27 * 0.1)
 
 
-def test_a_request_that_moves_waits_for_its_kv():
-    # Two instances of one slot. The probe runs first; chunks of 10 tokens are paused and may move.
-    workload = small_workload(instances=1, slots=1)
-    lengths = np.array([[40]])
-    requests = SimRequests(lengths=lengths, prompts=np.array([10]), limits=np.array([64]))
-    policy = DividedPolicy(chunk_size=10, prefetch_chunks=0)
-    cluster = SimCluster.of(workload, requests, LinearTimes())
-    result = Simulation(cluster=cluster, requests=requests, policy=policy).run()
-    assert result.num_chunks == 4
-    assert result.counters.num_imported_tokens == 0  # It never left.
-    assert result.rollout_time_s == pytest.approx(0.4)
+def test_a_request_that_moves_waits_for_its_kv_and_one_that_stays_does_not():
+    instances = [
+        SimInstance(
+            InstanceInfo(instance_id=number, num_total_pages=64, page_size=8, max_num_seqs=2, max_model_len=400),
+            LinearTimes(),
+            lambda chunk: 200,
+            kv_bytes_per_token=1000.0,
+            transfer_bytes_per_s=1e5,
+            transfer_latency_s=0.5,
+        )
+        for number in (0, 1)
+    ]
+    first = chunk_of(0, 100)
+    instances[0].start(first)
+    instances[0].plan()
+    assert instances[0].next_event_s == pytest.approx(1.0)
+    instances[0].advance(instances[0].next_event_s)
+    (result,) = instances[0].collect()
+    assert result.finish_reason == "length" and result.kv is None  # At its own limit: nothing follows.
+    kv = KVHandle(num_tokens=109, policy_version=0, ref=0)
+    for instance, ready_s in zip(instances, (0.0, 0.5 + 109 * 1000 / 1e5), strict=True):
+        later = replace(first, chunk_index=1, token_ids=np.zeros(110, np.int32), max_total_tokens=310, kv=kv)
+        instance.advance(1.0)
+        instance.start(later)
+        instance.plan()
+        while not (ended := instance.collect()):
+            instance.advance(instance.next_event_s)
+            if instance._segment.steps == 0:
+                instance.plan()
+        assert ended[0].finish_reason == "stop"
+        assert instance.now == pytest.approx(1.0 + ready_s + 100 * 0.01)
+    assert [instance.counters.num_imported_tokens for instance in instances] == [0, 109]
+
+
+def test_the_tail_starts_with_the_end_of_the_90th_percentile_request():
+    # One request a slot; 20 of them end at 1, 2, ... 20 seconds: the 18th is the last that is no tail.
+    lengths = [[100 * (number + 1)] for number in range(20)]
+    result = run(lengths, GroupRoundRobinPolicy(), LinearTimes())
+    assert result.rollout_time_s == pytest.approx(20.0)
+    assert result.tail_time_s == pytest.approx(2.0)
+
+
+def test_data_parallel_ranks_share_the_bandwidth_of_their_instance():
+    kimi = load_workload("kimi_k2")
+    cluster = SimCluster.of(kimi, draw_requests(kimi.scaled(0.1), 1))
+    assert cluster.transfer_bytes_per_s == kimi.transfer_bytes_per_s / 32
 
 
 @st.composite
@@ -187,6 +223,18 @@ def test_partial_rollouts_stop_when_enough_have_finished_and_say_what_is_left():
     assert result.generated_tokens == 300
 
 
+@pytest.mark.parametrize("instances", [1, 2])
+def test_what_ends_at_the_moment_of_the_cut_counts_as_finished(instances):
+    workload = small_workload(slots=8, instances=instances)
+    requests = SimRequests(
+        lengths=np.array([[100], [200], [200], [400]]), prompts=np.full(4, 10), limits=np.full(4, 500)
+    )
+    system = System(label="veRL", policy="group_round_robin")
+    result = simulate(workload, system, requests, times=LinearTimes(), stop_after=2)
+    assert result.unfinished == {(3, 0): 200}
+    assert result.generated_tokens == 500 and len(result.finish_times) == 3
+
+
 def planner_run(lengths: Sequence[int], info: InstanceInfo) -> tuple[int, list[int]]:
     """Steps and preemptions of the engine's planner for requests that all arrive at once; the order in which they end.
 
@@ -201,7 +249,7 @@ def planner_run(lengths: Sequence[int], info: InstanceInfo) -> tuple[int, list[i
         plan = planner.plan()
         assert plan is not None
         rows = [*plan.decodes, *(piece.sequence for piece in plan.prefills if piece.is_last)]
-        token = np.zeros(1, np.int32), np.zeros(1, np.float32)
+        token = NewTokens(np.zeros(1, np.int32), np.zeros(1, np.float32))
         for sequence in planner.commit(plan, dict.fromkeys(rows, token)):
             ended.append(sequence.chunk.request_id.group_id)
             planner.release(sequence)
