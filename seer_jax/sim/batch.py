@@ -73,8 +73,6 @@ class SimCounters:
     num_imported_tokens: int = 0
     num_emitted_tokens: float = 0.0
     num_request_steps: float = 0.0
-    num_verified_tokens: float = 0.0
-    num_verifying_steps: float = 0.0
     max_kv_tokens: float = 0.0
 
 

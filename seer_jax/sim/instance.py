@@ -113,11 +113,6 @@ class SimInstance:
                 "give the instance more chips, or lower lengths.limit",
             )
 
-    @property
-    def num_running(self) -> int:
-        """Requests that hold a slot."""
-        return len(self._running)
-
     def start(self, chunk: RequestChunk) -> None:
         """Take a chunk, at `now`; `plan` admits it."""
         length, num_tokens = self._true_length(chunk), len(chunk.token_ids)
@@ -329,9 +324,6 @@ class SimInstance:
         num_active = int(self._active.sum())
         counters.num_request_steps += steps * num_active
         counters.num_emitted_tokens += float(gained.sum())
-        if self._verification is not None:
-            counters.num_verifying_steps += steps
-            counters.num_verified_tokens += steps * self._verification.num_tokens
         if self._progress is not None:
             self._progress[rows[GROUP].astype(np.int64), rows[INDEX].astype(np.int64)] += gained
 
