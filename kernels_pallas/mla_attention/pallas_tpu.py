@@ -1,10 +1,11 @@
 """Paged latent attention for TPU: one Mosaic kernel for decode, tree verification and prompt slices.
 
-Layout. The cache stays in HBM as it is, [pages, S, W]; W = 576 (512 latent + 64 rope) is one row of five 128-lane
-registers, and XLA lays it out as 640 lanes by itself, so a page is one contiguous DMA of S x 640 x itemsize bytes
-(80 KB for 64 bfloat16 rows) and nothing is padded or copied before the call. Values are the first 512 columns of the
-same rows, so each row is read once. S must fill whole registers: a multiple of 8 rows (float32) or 16 (bfloat16). Small
-pages make small DMAs: 64 rows are better than 16.
+Layout. The cache stays in HBM as it is, [pages, S, W], W a multiple of 128 lanes: 640 for 512 latent + 64 rope + 64
+of padding, which registers hold anyway. At 576 XLA stores the array with the pages as lanes, which pads nothing, and
+copies all of it at every call (seen in compiled programs); so the engine allocates what `pad_row_width` says, queries
+are padded here, and `why_not_pallas_tpu` refuses anything else. A page is one contiguous DMA, 80 KB for 64 bfloat16
+rows. Values are the first 512 columns of the same rows, so each row is read once. S must fill whole registers: a
+multiple of 8 rows (float32) or 16 (bfloat16). Small pages make small DMAs: 64 rows are better than 16.
 
 Work. A tile of Tq query tokens x H heads is one matrix of R = Tq x H rows, cut into tiles of at most `MAX_ROWS`. The
 grid walks the tiles; inside, a loop walks the blocks of the tile's context that hold anything visible, so that cost
@@ -18,8 +19,9 @@ then combined in XLA by their log-sum-exp. On one-core devices a split would onl
 already follow each other without a gap.
 
 VMEM (`count_vmem_bytes`, given to the compiler as the limit): queries and outputs twice (pipelined), two blocks of
-pages, accumulator, maxima and sums, and the scores, weights and mask of one block. 1024 rows of bfloat16 at W = 576 and
-256 tokens a block: 15.0 MiB of the 16 MiB that XLA gives a kernel unasked.
+pages, accumulator, maxima and sums, scores and weighted values of one block in float32, and half a MiB for what the
+compiler spills. The largest bfloat16 case, 1024 rows and 256 tokens a block: 2.5 + 2 + 0.6 + 3 + 3 + 0.5 = 11.6 MiB, of
+the 16 MiB that XLA gives a kernel unasked. 16 rows, 512 tokens: 1.9 MiB.
 
 Not covered: fp8 caches. The cache must be finite: weights of rows that nobody sees are 0, and 0 x NaN is NaN.
 """
@@ -31,35 +33,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.mla_attention.layout import LANES, why_not_pallas_tpu
 from kernels_pallas.mla_attention.mask import MASK_BITS
 
-LANES = 128
 MAX_ROWS = 1024
-"""Most (token, head) rows that attend together: 1024 x 2 x 1088 operations per 1280 bytes are far on the compute side."""
-MAX_ITEMS_TO_SPLIT = 64
-"""With no more tiles than this, the two cores of a device share each tile's context."""
+"""Most (token, head) rows that attend together: at 1024 x 2 x 1088 operations per 1280 bytes, compute is the bound."""
+MAX_TILES_TO_SPLIT, MAX_ROWS_TO_SPLIT = 64, 2**14
+"""With no more tiles, and rows in all, than this the two cores of a device share each tile's context; many tiles spread
+evenly anyway, and each row costs 5 KB of partial results."""
+SPILL_BYTES = 512 * 1024
 PLAN_FIELDS = 7
 FIRST_BLOCK, NUM_BLOCKS, NUM_PAGES, BUFFER, IS_FIRST, NEXT_PAGES, TREE_START = range(PLAN_FIELDS)
-
-
-def why_not(q, cache) -> str | None:
-    """Say why the kernel cannot serve these shapes, or None if it can.
-
-    Args:
-        q: Queries [N, Tq, H, W], or their ShapeDtypeStruct.
-        cache: Pages [pages, S, W], or their ShapeDtypeStruct.
-
-    Returns:
-        The reason in a few words.
-    """
-    if cache.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the cache is {cache.dtype}, not float32 or bfloat16"
-    sublanes = 32 // cache.dtype.itemsize
-    if cache.shape[1] % sublanes:
-        return f"pages of {cache.shape[1]} {cache.dtype} rows are no multiple of {sublanes}"
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"queries are {q.dtype}, not float32 or bfloat16"
-    return None
 
 
 def choose_block_tokens(rows: int) -> int:
@@ -67,27 +51,31 @@ def choose_block_tokens(rows: int) -> int:
     return 512 if rows <= 256 else 256
 
 
-def count_vmem_bytes(rows: int, tokens: int, block_tokens: int, width: int, value_width: int, itemsize: int) -> int:
+def count_vmem_bytes(
+    rows: int, block_tokens: int, width: int, value_width: int, itemsize: int, *, is_split: bool = False
+) -> int:
     """Count the VMEM of one kernel instance.
 
     Args:
         rows: Query rows of a tile, tokens x heads.
-        tokens: Query tokens of a tile.
         block_tokens: Context tokens of a block.
-        width: Row width of the cache.
+        width: Row width of the cache, whole lanes.
         value_width: Columns that are values.
         itemsize: Bytes of an element of cache and queries.
+        is_split: Whether partial results in float32 are the output.
 
     Returns:
-        Bytes, registers' padding included.
+        Bytes, the padding of registers included.
     """
-    lanes, value_lanes = -(-width // LANES) * LANES, -(-value_width // LANES) * LANES
-    queries = 2 * rows * lanes * itemsize
-    outputs = 2 * rows * value_lanes * 4 + 2 * rows * LANES * 4
-    pages = 2 * block_tokens * lanes * itemsize
+    value_lanes = -(-value_width // LANES) * LANES
+    queries = 2 * rows * width * itemsize
+    outputs = 2 * rows * (value_lanes * 4 + LANES * 4 if is_split else value_lanes * itemsize)
+    pages = 2 * block_tokens * width * itemsize
     state = rows * (value_lanes + 2 * LANES) * 4
-    scores = rows * block_tokens * (4 + 4 + itemsize) + 3 * max(tokens, 8) * block_tokens * 4
-    return queries + outputs + pages + state + scores + 2 * max(tokens, 8) * LANES * 4
+    block = rows * (block_tokens + value_lanes) * 4
+    if itemsize == 4:  # A product of float32 is one of three bfloat16 parts of each operand.
+        block += 3 * 2 * (block_tokens * width + rows * (block_tokens + width))
+    return queries + outputs + pages + state + block + SPILL_BYTES
 
 
 def mla_attention_pallas_tpu(
@@ -127,18 +115,19 @@ def mla_attention_pallas_tpu(
         As there.
 
     Raises:
-        ValueError: If the kernel cannot serve these shapes (`why_not`).
+        ValueError: If the kernel cannot serve these shapes (`why_not_pallas_tpu`).
     """
-    if (reason := why_not(q, cache)) is not None:
+    if (reason := why_not_pallas_tpu(q, cache)) is not None:
         raise ValueError(f"mla_attention: pallas_tpu cannot serve this call: {reason}")
     tiles_given, tokens_given, heads_given, width = q.shape
     heads = -(-heads_given // 8) * 8  # A token's heads fill whole registers.
     tokens = max(t for t in range(1, tokens_given + 1) if tokens_given % t == 0 and (t == 1 or t * heads <= MAX_ROWS))
     cuts = tokens_given // tokens
     tiles, rows = tiles_given * cuts, tokens * heads
-    if heads != heads_given:
-        q = jnp.pad(q, ((0, 0), (0, 0), (0, heads - heads_given), (0, 0)))
-    q_dtype = q.dtype
+    q_dtype, padding = q.dtype, cache.shape[2] - width
+    if heads != heads_given or padding:
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, heads - heads_given), (0, padding)))
+        width += padding
     if q.dtype != cache.dtype:
         q = q.astype(jnp.float32)
     limits = limits.reshape(tiles, tokens).astype(jnp.int32)
@@ -153,13 +142,14 @@ def mla_attention_pallas_tpu(
     if num_cores is None:
         num_cores = 1 if interpret else pltpu.get_tpu_info().num_cores
     if num_splits is None:
-        num_splits = num_cores if tiles <= MAX_ITEMS_TO_SPLIT else 1
+        is_small = tiles <= MAX_TILES_TO_SPLIT and tiles * rows <= MAX_ROWS_TO_SPLIT
+        num_splits = num_cores if is_small else 1
     num_items = tiles * num_splits
     num_cores = min(num_cores, num_items)
     assert num_cores in (1, 2)
     per_core = -(-num_items // num_cores)
     page_size, num_table_pages = cache.shape[1], block_tables.shape[1]
-    pages_per_block = max(1, (block_tokens or choose_block_tokens(rows)) // page_size)
+    pages_per_block = max(1, min(num_table_pages, (block_tokens or choose_block_tokens(rows)) // page_size))
     block_tokens = pages_per_block * page_size
     plan, next_pages = _plan_items(
         limits, mask, start, block_tables, page_size, pages_per_block, num_splits=num_splits, per_core=per_core
@@ -183,7 +173,9 @@ def mla_attention_pallas_tpu(
     context = num_table_pages * page_size
     itemsize = cache.dtype.itemsize
     if vmem_limit_bytes is None:
-        vmem_limit_bytes = count_vmem_bytes(rows, tokens, block_tokens, width, value_width, q.dtype.itemsize)
+        vmem_limit_bytes = count_vmem_bytes(
+            rows, block_tokens, width, value_width, q.dtype.itemsize, is_split=num_splits > 1
+        )
     outputs = pl.pallas_call(
         partial(_kernel, scale=scale, has_trees=has_trees, num_items=num_items, per_core=per_core),
         out_shape=out_shape,
