@@ -1,18 +1,67 @@
 """Choice among the implementations of a kernel."""
 
+import warnings
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from functools import cache
+from typing import NamedTuple, TypeVar
+
+import jax
 
 F = TypeVar("F", bound=Callable)
 
+PREFERRED = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+"""What serves a platform where it exists; elsewhere, and without it, the first implementation does."""
 
-def select(kernel: str, implementations: Mapping[str, F], implementation: str | None) -> F:
-    """Return the implementation that was named, or the best one for None.
+
+class Choice(NamedTuple):
+    """The implementation that serves a call for which none was named.
+
+    Attributes:
+        name: Its key.
+        reason: Why, in a few words.
+        is_fallback: Whether the platform's own implementation exists and refused.
+    """
+
+    name: str
+    reason: str
+    is_fallback: bool = False
+
+
+def choose(implementations: Mapping[str, F], platform: str, refusals: Mapping[str, str | None] | None = None) -> Choice:
+    """Choose for a platform.
 
     Args:
-        kernel: Name of the kernel, for the error.
-        implementations: What exists, best first.
-        implementation: A key of `implementations`; a named one never falls back. None takes the first.
+        implementations: What exists; the first is what serves where the platform has nothing of its own.
+        platform: As `jax.default_backend()` names it.
+        refusals: Why an implementation cannot serve the call; None or absent if it can.
+
+    Returns:
+        The choice and its reason.
+    """
+    first, own = next(iter(implementations)), PREFERRED.get(platform)
+    if own is None:
+        return Choice(first, f"best on {platform}")
+    if own not in implementations:
+        return Choice(first, f"there is no {own} yet")
+    if refusals and (refusal := refusals.get(own)):
+        return Choice(first, f"{own} cannot serve this call: {refusal}", is_fallback=True)
+    return Choice(own, f"best on {platform}")
+
+
+def select(
+    kernel: str,
+    implementations: Mapping[str, F],
+    implementation: str | None,
+    refusals: Mapping[str, str | None] | None = None,
+) -> F:
+    """Return the implementation that was named, or the best one of this platform for None.
+
+    Args:
+        kernel: Name of the kernel, for messages.
+        implementations: What exists; the first serves where the platform has nothing of its own.
+        implementation: A key of `implementations`; a named one never falls back. None chooses, and warns, once for
+            each reason, if the platform's own implementation cannot serve the call.
+        refusals: Why an implementation cannot serve this call; None or absent if it can.
 
     Returns:
         The function to call.
@@ -21,7 +70,15 @@ def select(kernel: str, implementations: Mapping[str, F], implementation: str | 
         ValueError: If there is no implementation of that name.
     """
     if implementation is None:
-        return next(iter(implementations.values()))
+        choice = choose(implementations, jax.default_backend(), refusals)
+        if choice.is_fallback:
+            _warn_once(f"{kernel}: {choice.name} serves instead, because {choice.reason}")
+        return implementations[choice.name]
     if implementation not in implementations:
         raise ValueError(f"{kernel}: no implementation {implementation!r}, there are {', '.join(implementations)}")
     return implementations[implementation]
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -12,7 +12,7 @@ def mla_attention_reference(q, cache, block_tables, limits, tree_start, tree_mas
         tree_start, tree_mask = jnp.zeros_like(limits[:, 0]), jnp.zeros(limits.shape, jnp.uint32)
 
     def attend_one(query, block_table, limit, start, mask):
-        rows = cache[block_table].reshape(-1, cache.shape[-1]).astype(jnp.float32)
+        rows = cache[block_table].reshape(-1, cache.shape[-1])[:, : q.shape[-1]].astype(jnp.float32)
         scores = query.astype(jnp.float32) @ rows.T * scale
         slot = jnp.arange(rows.shape[0])
         node = slot - start

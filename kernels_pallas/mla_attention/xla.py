@@ -47,7 +47,7 @@ def mla_attention_xla(q, cache, block_tables, limits, tree_start, tree_mask, *, 
         item = trip * num_items + jnp.arange(num_items)
         tile = jnp.minimum(jnp.sum(item[:, None] >= ends, axis=1), num_tiles - 1)
         block = jnp.clip(item - (ends - num_blocks)[tile], 0, blocks_per_tile - 1)
-        context = cache[tables[tile, block]].reshape(num_items, block_tokens, width)
+        context = cache[tables[tile, block]].reshape(num_items, block_tokens, -1)[:, :, :width]
         slot = block[:, None] * block_tokens + jnp.arange(block_tokens)
         is_seen = slot[:, None] < visible[tile][:, :, None]
         if tree_mask is not None:

@@ -100,14 +100,22 @@ def _measure_compilation_cache() -> dict[str, Any]:
 
 
 def _list_kernels() -> dict[str, str]:
-    """Say which implementation serves each kernel when none is named: the first of those that exist."""
+    """Say which implementation serves each operation here when none is named, why, and which can be named."""
+    import jax
+
     import kernels_pallas
+    from kernels_pallas._dispatch import choose
 
     kernels = {}
     for module in pkgutil.iter_modules(kernels_pallas.__path__):
         if module.ispkg:
-            first, *others = importlib.import_module(f"kernels_pallas.{module.name}.api").IMPLEMENTATIONS
-            kernels[module.name] = f"{first} (preferred to {', '.join(others)})"
+            api = importlib.import_module(f"kernels_pallas.{module.name}.api")
+            for table, implementations in vars(api).items():
+                if table.endswith("IMPLEMENTATIONS"):
+                    operation = f"{module.name}_{table.lower()}".removesuffix("_implementations")
+                    choice = choose(implementations, jax.default_backend())
+                    others = ", ".join(name for name in implementations if name != choice.name)
+                    kernels[operation] = f"{choice.name} ({choice.reason}; can be named: {others})"
     return kernels
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kernels_pallas.mla_attention import pad_row_width
 from seer_jax.config.schema import EngineConfig, SpeculationConfig
 from seer_jax.core.batching import BatchPlanner, ParkedKV, StepPlan
 from seer_jax.core.draft.speculator import Proposal, Speculator
@@ -93,7 +94,8 @@ class Engine:
             cache_sharding = NamedSharding(mesh, PartitionSpec())
         self.policy_version = policy_version
         self.params = self._place(params)
-        cache_shape = (config.num_pages, config.page_size, model_config.latent_width)
+        row_width = pad_row_width(model_config.latent_width, jax.default_backend())
+        cache_shape = (config.num_pages, config.page_size, row_width)
         self._caches = [
             jnp.zeros(cache_shape, dtype, device=cache_sharding) for _ in range(model_config.num_hidden_layers)
         ]
@@ -269,7 +271,8 @@ class Engine:
 
     def launch(self, shape: StepShape, packed: np.ndarray) -> np.ndarray:
         """Run a program on packed inputs (`core.packing`); returns its output on the host."""
-        step = make_step(self.model_config, shape, max_steps=self.config.max_steps_per_dispatch)
+        max_steps, is_sharded = self.config.max_steps_per_dispatch, len(self._caches[0].devices()) > 1
+        step = make_step(self.model_config, shape, max_steps=max_steps, is_sharded=is_sharded)
         launched = time.perf_counter()
         self._caches, outputs = step(self.params, self._caches, packed)
         outputs = np.asarray(outputs)

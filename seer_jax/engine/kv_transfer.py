@@ -17,7 +17,7 @@ class HostKV:
     """KV pages of one request on the host.
 
     Attributes:
-        pages: [num_layers, num_pages, page_size, latent_width]; slots past `num_tokens` hold garbage.
+        pages: [num_layers, num_pages, page_size, row_width]; slots past `num_tokens` hold garbage.
         num_tokens: Tokens covered, from position 0.
         policy_version: Weights that produced it.
     """
@@ -42,7 +42,7 @@ class KVTransfer:
         return caches
 
     def export_pages(self, caches: list[jax.Array], pages: list[int]) -> np.ndarray:
-        """Copy `pages` of all layers to one host array [num_layers, num_pages, page_size, latent_width]."""
+        """Copy `pages` of all layers to one host array [num_layers, num_pages, page_size, row_width]."""
         padded = np.asarray(_gather(caches, self._pad(pages)))
         # A view would keep the padding alive as long as the request is paused.
         return padded if padded.shape[1] == len(pages) else padded[:, : len(pages)].copy()

@@ -23,7 +23,7 @@ from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import Params
 
 Caches = list[Array]
-"""One array [num_pages, page_size, latent_width] per layer; separate, so that each is updated in place."""
+"""One array [num_pages, page_size, row_width] per layer, see `pad_row_width`; separate, to be updated in place."""
 StepFn = Callable[[Params, Caches, Array], tuple[Caches, Array]]
 
 CPU_COMPILER_OPTIONS = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
@@ -59,7 +59,7 @@ class LoopState(NamedTuple):
 
 
 @cache
-def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int) -> StepFn:
+def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int, is_sharded: bool = False) -> StepFn:
     """Build the jitted program of one bucket; engines of one process share it.
 
     A program without tiles runs up to `packed[0] <= max_steps` steps in a `while_loop` and leaves it as soon as a
@@ -70,6 +70,8 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int) -> Ste
         config: Shapes of the model.
         shape: The bucket.
         max_steps: Bound of the steps in one dispatch.
+        is_sharded: Whether it runs on several devices. Then attention is plain XLA, which the compiler partitions; a
+            Pallas kernel it would reject.
 
     Returns:
         `step(params, caches, packed) -> (caches, outputs)`. Caches are donated. `outputs` is int32
@@ -77,7 +79,7 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int) -> Ste
         tokens, the bits of their log-probabilities and, if `shape.expert_ids`, the experts behind them, two ids a word
         (`core.packing.unpack_outputs`).
     """
-    run_model = partial(_run_model, config=config, shape=shape)
+    run_model = partial(_run_model, config=config, shape=shape, attention="xla" if is_sharded else None)
     num_requests, depth = shape.num_requests, shape.max_depth
     loops, num_words = not shape.num_tiles, packing.expert_words(shape)
 
@@ -225,6 +227,7 @@ def _run_model(
     *,
     config: DecoderConfig,
     shape: StepShape,
+    attention: str | None,
 ) -> tuple[Float[Array, "T M"], Caches, Int32[Array, "T words"] | None]:
     """One forward over the query tokens; returns their hidden states, the caches, and their experts if asked for."""
     num_rows, tile = shape.num_rows, shape.tile
@@ -235,7 +238,10 @@ def _run_model(
     new_caches = list(caches)
 
     def attend(layer: int, queries: mla.MLAQueries, latent: Array, attention_params: Params) -> Array:
-        cache = kv_update(caches[layer], latent.astype(caches[layer].dtype), slots)
+        cache = caches[layer]
+        if padding := cache.shape[-1] - latent.shape[-1]:
+            latent = jnp.pad(latent, ((0, 0), (0, padding)))
+        cache = kv_update(cache, latent.astype(cache.dtype), slots)
         new_caches[layer] = cache
         absorbed = mla.absorb_queries(attention_params, queries)
         outputs = []
@@ -252,6 +258,7 @@ def _run_model(
                 *trees,
                 value_width=config.kv_lora_rank,
                 scale=config.softmax_scale,
+                implementation=attention,
             )
             outputs.append(output.reshape(-1, *output.shape[2:]))
         return mla.unabsorb_values(attention_params, jnp.concatenate(outputs))

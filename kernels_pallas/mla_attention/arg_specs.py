@@ -1,0 +1,132 @@
+"""Shapes at which paged latent attention is tested, compiled and measured."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What a model and its cache fix."""
+
+    heads: int
+    """Of all devices together."""
+    width: int
+    row_width: int
+    """Of the cache, padded for accelerators (`pad_row_width`)."""
+    value_width: int
+    qk_head_dim: int
+    """The scale of scores is its inverse square root."""
+    page_size: int
+    dtype: str
+    tensor_parallel: tuple[int, ...]
+    """Degrees over which the heads are divided; 1 = data-parallel attention."""
+    num_pages: int
+    """Of the pool, per layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One call: as many tiles of query tokens, each with a table for so many context tokens."""
+
+    tiles: int
+    tokens: int
+    context: int
+    has_trees: bool = False
+
+
+MODELS = {
+    "tiny": Model(
+        heads=4, width=80, row_width=128, value_width=64, qk_head_dim=48, page_size=16,
+        dtype="float32", tensor_parallel=(1,), num_pages=65,
+    ),
+    "moonlight": Model(
+        heads=16, width=576, row_width=640, value_width=512, qk_head_dim=192, page_size=64,
+        dtype="bfloat16", tensor_parallel=(1, 2), num_pages=4096,
+    ),
+    "kimi_k2": Model(
+        heads=64, width=576, row_width=640, value_width=512, qk_head_dim=192, page_size=64,
+        dtype="bfloat16", tensor_parallel=(1, 8, 16), num_pages=4096,
+    ),
+}  # fmt: skip
+"""tiny is the preset `tiny_math`; 4096 pages of 64 rows are 0.34 GB a layer, 21 GB over K2's 61 layers."""
+
+WORKS = {
+    "tiny": {
+        "decode": Work(tiles=4, tokens=1, context=128),
+        "verify": Work(tiles=3, tokens=8, context=128, has_trees=True),
+        "prefill": Work(tiles=2, tokens=16, context=128),
+    },
+    "moonlight": {
+        "decode": Work(tiles=256, tokens=1, context=8192),
+        "tail": Work(tiles=4, tokens=1, context=65536),
+        "verify": Work(tiles=64, tokens=8, context=8192, has_trees=True),
+        "tail_verify": Work(tiles=4, tokens=33, context=65536, has_trees=True),
+        "prefill": Work(tiles=64, tokens=16, context=8192),
+    },
+    "kimi_k2": {
+        "decode": Work(tiles=64, tokens=1, context=131072),
+        "tail": Work(tiles=4, tokens=1, context=131072),
+        "verify": Work(tiles=64, tokens=8, context=131072, has_trees=True),
+        "tail_verify": Work(tiles=4, tokens=33, context=131072, has_trees=True),
+        "prefill": Work(tiles=64, tokens=16, context=131072),
+    },
+}
+"""Tails are few long requests; 33 tokens are a newest token and the 32 draft tokens that a mask can name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArgSpec:
+    """Arguments of one call of `mla_attention`."""
+
+    model: str
+    work: str
+    tensor_parallel: int
+    args: tuple[jax.ShapeDtypeStruct | None, ...]
+    """q, cache, block_tables, limits, tree_start, tree_mask."""
+    value_width: int
+    scale: float
+
+    @property
+    def name(self) -> str:
+        """Unique among all, such as `kimi_k2-verify-tp8`."""
+        return f"{self.model}-{self.work}-tp{self.tensor_parallel}"
+
+
+def arg_specs(model: str) -> Iterator[ArgSpec]:
+    """List the calls of a model.
+
+    Args:
+        model: A key of `MODELS`.
+
+    Yields:
+        One for every work and tensor-parallel degree.
+
+    Raises:
+        KeyError: If there is no such model.
+    """
+    of = MODELS[model]
+    for name, work in WORKS[model].items():
+        for degree in of.tensor_parallel:
+            rows = (work.tiles, work.tokens)
+            trees = (_int((work.tiles,)), jax.ShapeDtypeStruct(rows, jnp.uint32)) if work.has_trees else (None, None)
+            yield ArgSpec(
+                model=model,
+                work=name,
+                tensor_parallel=degree,
+                args=(
+                    jax.ShapeDtypeStruct((*rows, of.heads // degree, of.width), of.dtype),
+                    jax.ShapeDtypeStruct((of.num_pages, of.page_size, of.row_width), of.dtype),
+                    _int((work.tiles, work.context // of.page_size)),
+                    _int(rows),
+                    *trees,
+                ),
+                value_width=of.value_width,
+                scale=of.qk_head_dim**-0.5,
+            )
+
+
+def _int(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
