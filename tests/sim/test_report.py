@@ -48,7 +48,8 @@ def test_json_has_plain_means_first_and_everything_else_below():
     moonlight = data["workloads"]["moonlight"]
     assert (moonlight["divided"], moonlight["context"]) == (2.0, 1.5)
     assert moonlight["details"]["divided"] == {
-        "mean": 2.0, "spread": 1.0, "ci95": pytest.approx(4.303 / 3**0.5), "per_seed": [1.0, 2.0, 3.0], "paper": 1.5, "error": pytest.approx(1 / 3),
+        "mean": 2.0, "spread": 1.0, "ci95": pytest.approx(4.303 / 3**0.5),
+        "per_seed": [1.0, 2.0, 3.0], "paper": 1.5, "error": pytest.approx(1 / 3),
         "kind": "predicted", "unit": "x veRL",
     }  # fmt: skip
     assert moonlight["details"]["context"]["error"] is None

@@ -108,7 +108,7 @@ def test_acceptance_is_table_2_of_the_paper():
 
 
 def test_what_the_baseline_pays_for_drafts():
-    # Three passes of 7.07e9 x 2 bytes and of KV cache, spread over 8 chips, one after another, an overhead on top of each.
+    # Three passes of 7.07e9 x 2 bytes and of KV cache, spread over 8 chips, an overhead on top of each.
     workload = load_workload("qwen2_vl_72b")
     times, vanilla = workload.times, workload.speculation.vanilla
     passes = 3 * (vanilla.pass_overhead_s + (14.14e9 + 10 * 1000 * 57_344) / (8 * 3.35e12 * times.memory_efficiency))
