@@ -227,7 +227,7 @@ def _run_model(
     *,
     config: DecoderConfig,
     shape: StepShape,
-    attention: str | None,
+    attention: str | None = None,
 ) -> tuple[Float[Array, "T M"], Caches, Int32[Array, "T words"] | None]:
     """One forward over the query tokens; returns their hidden states, the caches, and their experts if asked for."""
     num_rows, tile = shape.num_rows, shape.tile

@@ -1,5 +1,6 @@
 """The TPU kernel of paged latent attention compiles at real shapes, in the memory that it is counted to need."""
 
+import time
 from functools import partial
 
 import jax
@@ -7,6 +8,7 @@ import pytest
 
 from kernels_pallas.mla_attention import pallas_tpu
 from kernels_pallas.mla_attention.arg_specs import ArgSpec, arg_specs
+from kernels_pallas.mla_attention.pallas_tpu import count_vmem_bytes
 from tests.aot.topology import DEFAULT_VMEM_LIMIT, GENERATIONS, compile_for
 
 pytestmark = pytest.mark.aot
@@ -21,21 +23,37 @@ def compile_spec(generation: str, spec: ArgSpec, **options) -> jax.stages.Compil
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("name", SPECS)
 def test_compiles_within_the_counted_vmem_and_copies_no_cache(generation, name, monkeypatch):
-    spec, counted = SPECS[name], []
-    count = pallas_tpu.count_vmem_bytes
-    monkeypatch.setattr(
-        pallas_tpu, "count_vmem_bytes", lambda *args, **kwargs: counted.append(count(*args, **kwargs)) or counted[-1]
-    )
+    spec, counted, is_split = SPECS[name], [], []
+
+    def count(*args, **kwargs):
+        is_split.append(kwargs["is_split"])
+        counted.append(count_vmem_bytes(*args, **kwargs))
+        return counted[-1]
+
+    monkeypatch.setattr(pallas_tpu, "count_vmem_bytes", count)
+    started = time.perf_counter()
     temporaries = compile_spec(generation, spec).memory_analysis().temp_size_in_bytes
+    print(
+        f"AOT {generation} {name}: {time.perf_counter() - started:.1f} s, VMEM {counted[0] / 2**20:.2f} MiB, "
+        f"temporaries {temporaries / 1e6:.1f} MB"
+    )
     assert len(counted) == 1 and counted[0] <= DEFAULT_VMEM_LIMIT
-    print(f"AOT {generation} {name}: VMEM {counted[0] / 2**20:.2f} MiB, temporaries {temporaries / 1e6:.1f} MB")
-    # At most: queries padded to whole lanes; float32 results and their log-sum-exp, twice if two cores share a context;
-    # masks, 512 bytes a token; block tables.
-    q, cache, tables, *_ = spec.args
+    # At most: queries padded to whole lanes; where two cores share each context, both parts and their sum in float32
+    # with the log-sum-exp in a column of 128 lanes; masks, 512 bytes a token; small arrays.
+    q, cache, *_ = spec.args
     tokens, heads = q.shape[0] * q.shape[1], -(-q.shape[2] // 8) * 8
     padded_queries = tokens * heads * cache.shape[2] * q.dtype.itemsize
-    partial_results = 2 * tokens * heads * (spec.value_width + 128) * 4 if generation == "v5p" else 0
-    assert temporaries <= padded_queries + partial_results + 512 * tokens + 8 * tables.size + 2**18
+    parts = 3 * tokens * heads * (spec.value_width + 128) * 4 if is_split[0] else 0
+    assert temporaries <= padded_queries + parts + 512 * tokens + 2**20
+
+
+def test_two_cores_of_a_device_share_the_context_of_few_tiles():
+    """Then the partial results of two parts of each context are a second output, and combined."""
+    results = {
+        generation: compile_spec(generation, SPECS["kimi_k2-tail-tp1"]).memory_analysis().temp_size_in_bytes
+        for generation in ("v5e", "v5p")
+    }
+    assert results["v5p"] >= 2 * 4 * 64 * 512 * 4 > results["v5e"]
 
 
 def test_less_vmem_than_the_kernel_needs_is_refused_so_the_limit_is_enforced():

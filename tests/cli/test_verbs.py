@@ -1,10 +1,12 @@
 """The verbs hand the right configuration to their jobs and print the right last line."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from seer_jax.cli.main import main
@@ -147,7 +149,14 @@ def test_doctor_reports_versions_devices_and_the_kernel_implementations(capsys):
     report = json.loads(capsys.readouterr().out)
     assert {"python", "jax", "ray", "numpy"} <= set(report["versions"])
     assert report["devices"]
-    assert report["kernels"]["mla_attention"].split()[0] in ("xla", "pallas_tpu", "pallas_gpu")
+    assert {"mla_attention", "kv_update", "kv_update_move", "grouped_matmul"} <= set(report["kernels"])
+    assert all(
+        re.fullmatch(r"(xla|pallas_tpu|pallas_gpu) \(.*; can be named: .*\)", text)
+        for text in report["kernels"].values()
+    )
+    if jax.default_backend() == "cpu":
+        expected = "xla (best on cpu; can be named: reference, pallas_tpu)"
+        assert report["kernels"]["mla_attention"] == expected
     assert report["problems"] == []
     assert main(["doctor"]) == 0
     assert "problems\n  none" in capsys.readouterr().out

@@ -1,0 +1,66 @@
+"""The engine as it runs on a TPU: rows of whole lanes, and the TPU kernel, in interpret mode, in place of plain XLA."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+from kernels_pallas.mla_attention import api
+from kernels_pallas.mla_attention.pallas_tpu import mla_attention_pallas_tpu
+from seer_jax.engine import engine as engine_module
+from seer_jax.engine.step import make_step
+from tests.engine import tiny
+from tests.engine.test_engine import make_engine
+from tests.engine.test_engine import test_chunk_continues_on_another_instance_without_prefill as move_between_instances
+from tests.engine.test_speculation import make_engine as make_speculative_engine
+from tests.engine.test_speculation import siblings
+
+
+@pytest.fixture(autouse=True)
+def padded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches as wide as on a TPU."""
+    pad_row_width = engine_module.pad_row_width
+    monkeypatch.setattr(engine_module, "pad_row_width", lambda width, _: pad_row_width(width, "tpu"))
+
+
+@pytest.fixture
+def attention_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, bool]]]:
+    """The TPU kernel serves; rows per tile of the calls traced so far, and whether they had trees.
+
+    Programs of other tests are not reused, nor these by them.
+    """
+    calls, attend = [], partial(mla_attention_pallas_tpu, interpret=True)
+
+    def record(q, cache, tables, limits, starts, masks, **options):
+        calls.append((q.shape[1], masks is not None))
+        return attend(q, cache, tables, limits, starts, masks, **options)
+
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", record)
+    make_step.cache_clear()
+    yield calls
+    make_step.cache_clear()
+
+
+def test_padded_kv_moves_between_instances() -> None:
+    assert make_engine()._caches[0].shape[-1] == 128
+    move_between_instances()
+
+
+@pytest.mark.slow
+def test_the_kernel_decodes_and_prefills_the_tokens_of_cacheless_decoding(attention_calls) -> None:
+    engine = make_engine(page_size=8)
+    chunks = [tiny.chunk(tiny.prompt(i, 3 + 6 * i), index=i, max_chunk=8, max_tokens=8) for i in range(3)]
+    for chunk in chunks:
+        engine.submit(chunk)
+    tiny.check_against_reference(chunks, tiny.drain(engine))
+    assert set(attention_calls) == {(1, False), (8, False)}
+
+
+@pytest.mark.slow
+def test_the_kernel_verifies_trees_to_the_tokens_of_cacheless_decoding(attention_calls) -> None:
+    engine = make_speculative_engine("grouped_tree", verify_tile=3, page_size=8)
+    chunks = siblings(3, max_chunk=16, max_tokens=16)
+    for chunk in chunks:
+        engine.submit(chunk)
+    tiny.check_against_reference(chunks, tiny.drain(engine))
+    assert (3, True) in attention_calls and engine.status().num_accepted_tokens > 0
