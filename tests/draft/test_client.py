@@ -11,7 +11,7 @@ from seer_jax.core.draft.client import DraftClient
 from seer_jax.core.draft.messages import ExchangeReply, TokenDelta
 from seer_jax.core.draft.server import DraftServer
 from seer_jax.core.draft.speculate import DraftBatch, SpeculationArgs
-from seer_jax.core.sequence import Sequence
+from seer_jax.core.sequence import NewTokens, Sequence
 from seer_jax.core.types import RequestChunk, RequestId, SamplingParams
 
 PROMPT = np.array([60, 61, 62, 63], np.int32)
@@ -45,7 +45,7 @@ def make_sequence(
 
 def say(sequence: Sequence, token_ids: list[int] | np.ndarray) -> Sequence:
     """Generate tokens."""
-    sequence.extend(np.asarray(token_ids, np.int32), np.zeros(len(token_ids), np.float32))
+    sequence.extend(NewTokens(np.asarray(token_ids, np.int32), np.zeros(len(token_ids), np.float32)))
     return sequence
 
 
