@@ -128,7 +128,7 @@ def test_trees_from_one_node_to_as_many_as_a_mask_can_name(requests, seed):
     check(make_case(lengths, 33, nodes=nodes, seed=seed), block_tokens=2 * PAGE)
 
 
-@pytest.mark.slow  # The interpreter that finds races runs cores as threads and has crashed the process in a long session.
+@pytest.mark.slow  # Finding races runs cores as threads, and has crashed the process of a long session.
 @pytest.mark.parametrize("cores", [1, 2])
 def test_copies_and_computation_do_not_race_and_unwritten_memory_does_not_show(cores):
     """Simulated copies happen when they are waited for, in memory that is NaN before."""
