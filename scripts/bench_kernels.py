@@ -21,6 +21,9 @@ import numpy as np
 from kernels_pallas.grouped_matmul.api import IMPLEMENTATIONS as GROUPED_MLP
 from kernels_pallas.kv_update.api import IMPLEMENTATIONS as KV_UPDATE
 from kernels_pallas.mla_attention.api import IMPLEMENTATIONS as MLA_ATTENTION
+from kernels_pallas.tree_verify import tree_verify
+from kernels_pallas.tree_verify.api import IMPLEMENTATIONS as TREE_VERIFY
+from kernels_pallas.tree_verify.arg_specs import ArgSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="last line is one JSON object")
     args = parser.parse_args()
     rows = []
-    for case in (*grouped_mlp_cases(), *mla_attention_cases(), *kv_update_cases()):
+    for case in (*grouped_mlp_cases(), *mla_attention_cases(), *kv_update_cases(), *tree_verify_cases()):
         if args.kernel in case.kernel:
             rows += measure_case(case)
     if args.json:
@@ -195,6 +198,29 @@ def kv_update_cases() -> Iterator[Case]:
             arrays=(_normal(rng, 1024, 16, 80), _normal(rng, tokens, 80), jnp.asarray(slots)),
             flops=0,
             num_bytes=2 * 4 * tokens * 80,
+        )
+
+
+def tree_verify_cases() -> Iterator[Case]:
+    """tiny_math's vocabulary, and Moonlight's with few rows; float32, all rows at temperature 1."""
+    for rows, width, vocab in ((16, 128, 264), (64, 128, 264), (1, 2048, 163_840), (4, 2048, 163_840)):
+        spec = ArgSpec(rows=rows, width=width, vocab=vocab, dtype="float32")
+        rng = np.random.default_rng(0)
+        names = [name for name in TREE_VERIFY if name != "pallas_tpu" or jax.default_backend() == "tpu"]
+        yield Case(
+            kernel="tree_verify",
+            shape=f"E={rows} M={width} V={vocab}",
+            implementations={name: functools.partial(tree_verify, implementation=name) for name in names},
+            advance=lambda function, hidden, *rest: hidden + 1e-6 * function(hidden, *rest).logprobs[:, None],
+            arrays=(
+                _normal(rng, rows, width),
+                _normal(rng, width, vocab) * width**-0.5,
+                jnp.asarray(rng.integers(0, 2**32, (rows, 2), dtype=np.uint32)),
+                jnp.arange(rows, dtype=jnp.int32),
+                jnp.ones(rows),
+            ),
+            flops=spec.flops,
+            num_bytes=spec.num_bytes,
         )
 
 
