@@ -178,7 +178,14 @@ def test_the_same_seed_gives_the_same_rollout_and_another_one_does_not():
     assert first.rollout_time_s == pytest.approx(other.rollout_time_s, rel=0.1)
 
 
-@pytest.mark.parametrize(("name", "scale"), [("moonlight", 0.1), ("qwen2_vl_72b", 0.12), ("kimi_k2", 0.25)])
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("moonlight", 0.1),
+        pytest.param("qwen2_vl_72b", 0.12, marks=pytest.mark.slow),
+        pytest.param("kimi_k2", 0.25, marks=pytest.mark.slow),
+    ],
+)
 def test_order_of_the_systems(name, scale):
     workload = load_workload(name).scaled(scale)
     requests = draw_requests(workload, 11)
