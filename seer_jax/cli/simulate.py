@@ -117,9 +117,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _predict(arguments: SimulateArguments) -> int:
     """Replay and simulate a real run."""
-    from seer_jax.core.latency import MeasuredStepTimes
-    from seer_jax.sim.replay import predict
-
     if arguments.replay is None or arguments.profile is None:
         given, missing = ("profile", "replay") if arguments.replay is None else ("replay", "profile")
         raise ConfigError(missing, f"is not given, --{given} is", "both, a run and the step times of its machine")
@@ -129,6 +126,10 @@ def _predict(arguments: SimulateArguments) -> int:
         raise ConfigError(
             "profile", f"cannot read {arguments.profile!r}: {error.strerror}", "`seer-jax profile`"
         ) from error
+
+    from seer_jax.core.latency import MeasuredStepTimes
+    from seer_jax.sim.replay import predict
+
     rows = [
         prediction.to_json()
         for prediction in predict(Path(arguments.replay).expanduser(), MeasuredStepTimes.from_json(text))
