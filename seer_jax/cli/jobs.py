@@ -34,7 +34,7 @@ from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import Params, decoder_specs
 from seer_jax.obs.metrics import MetricsWriter, truncate_metrics
 from seer_jax.obs.progress import ProgressDisplay
-from seer_jax.obs.run_dir import METRICS_FILE, create_run_dir
+from seer_jax.obs.run_dir import EVENTS_FILE, METRICS_FILE, create_run_dir
 from seer_jax.obs.tables import print_summary
 from seer_jax.obs.trace import RolloutRecorder, write_trace
 from seer_jax.sharding import check_divisible
@@ -45,7 +45,6 @@ from seer_jax.train.tasks import Task, make_task
 from seer_jax.train.tokenizer import decode
 from seer_jax.weights.checkpoint import load_checkpoint, load_config, save_checkpoint
 
-EVENTS_FILE = "events.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 EXPERT_IDS_FILE = "expert_ids.npz"
 """Beside the samples, with `engine.expert_ids`: an array `<group id>-<index>` for each (`core.types.Sample`)."""

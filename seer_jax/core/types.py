@@ -5,6 +5,8 @@ Ray runtime exchange the very same objects.
 """
 
 import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -203,3 +205,18 @@ def output_sha256(samples: "list[Sample]") -> str:
         header = (sample.request_id.group_id, sample.request_id.index, len(sample.token_ids))
         digest.update(np.asarray(header, "<i8").tobytes() + np.asarray(sample.token_ids, "<i4").tobytes())
     return digest.hexdigest()
+
+
+TAIL_SHARE = 0.1
+"""The last tenth of the requests to finish are the tail (Seer, section 2.2)."""
+
+
+def tail_time_s(finish_times: Sequence[float], rollout_time_s: float) -> float:
+    """Time in which only the tail runs: from the end of the 90th percentile request to the end of the rollout.
+
+    Args:
+        finish_times: Seconds at which the requests ended, in any order; at least one.
+        rollout_time_s: End of the rollout, in the same seconds.
+    """
+    last_before = max(0, math.ceil(len(finish_times) * (1 - TAIL_SHARE)) - 1)
+    return rollout_time_s - sorted(finish_times)[last_before]

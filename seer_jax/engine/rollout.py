@@ -6,17 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from seer_jax.core.commands import Command, EmitSample, IterationDone, StartChunk
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.errors import ProtocolError
 from seer_jax.core.events import Event, GroupsSubmitted, InstanceJoined, InstanceReport
-from seer_jax.core.types import InstanceStatus, RequestChunk, RolloutGroup, Sample, output_sha256
+from seer_jax.core.types import InstanceStatus, RequestChunk, RolloutGroup, Sample, output_sha256, tail_time_s
 from seer_jax.engine.cluster import Cluster
-
-TAIL_SHARE = 0.1
-"""The last tenth of the requests to finish are the tail (Seer, section 2.2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,13 +163,12 @@ def summarize(
     generated = sum(len(sample.token_ids) for sample in samples)
     busy_s = sum(s.host_time_s + s.device_time_s for s in statuses)
     num_verified = sum(s.num_verified for s in statuses)
-    first_tail = max(0, int(np.ceil(len(finish_times) * (1 - TAIL_SHARE))) - 1)
     return RolloutStats(
         num_requests=len(samples),
         generated_tokens=generated,
         rollout_time_s=rollout_time_s,
         tokens_per_s=generated / rollout_time_s,
-        tail_time_s=rollout_time_s - sorted(finish_times)[first_tail],
+        tail_time_s=tail_time_s(finish_times, rollout_time_s),
         num_preemptions=sum(s.num_preemptions for s in statuses),
         num_chunks=sum(sample.num_chunks for sample in samples),
         prefilled_tokens=sum(s.num_prefilled_tokens for s in statuses),

@@ -9,6 +9,8 @@ from seer_jax.core.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+"""In the directory of one rollout: its events, see `core.eventlog`."""
 
 
 def fill_run_dir(template: str, name: str, start: datetime) -> Path:

@@ -5,7 +5,7 @@ Every value is Seer's time over the option's on the same lengths and seed, so ab
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,9 +93,9 @@ def with_options(name: str, options: Mapping[str, Any]) -> System:
 def _switched_on(options: Mapping[str, Any]) -> tuple[str, ...]:
     """What must fire."""
     settings = dict(options)
-    names = [("grouped_tree",)] if settings.pop(SPECULATION, "grouped") == "grouped_tree" else []
-    names += [("chunk_size",)] if "chunk_size" in settings else []
-    return (*switched_on(RolloutConfig(**{"chunk_size": 1 << 30, **settings})), *(name for (name,) in names))
+    trees = [settings.pop(SPECULATION)] if SPECULATION in settings else []
+    chunks = ["chunk_size"] if "chunk_size" in settings else []
+    return (*switched_on(RolloutConfig(**settings)), *trees, *chunks)
 
 
 @dataclass(frozen=True)
@@ -163,28 +163,34 @@ def least_time_s(workload: Workload, requests: SimRequests) -> float:
     """
     lengths = requests.lengths[requests.lengths > 0].astype(np.float64)
     prompt, limit = workload.prompt_tokens, workload.lengths.limit
+    drafts = _drafts(workload)
     contexts = np.linspace(prompt, prompt + limit, ENVELOPE_POINTS)
     room = workload.ranks_per_instance * workload.kv_tokens_per_rank
-    least = np.array(
-        [
-            min(_token_s(workload, size, c) for size in range(1, 1 + min(workload.max_num_seqs, math.ceil(room / c))))
-            for c in contexts.tolist()
-        ]
-    )
+
+    def least_s(context: float) -> float:
+        most = min(workload.max_num_seqs, math.ceil(room / context))
+        return min(_token_s(workload.times, drafts, size, context) for size in range(1, 1 + most))
+
+    least = np.array([least_s(context) for context in contexts.tolist()])
     mean_context = prompt + float((lengths**2).sum() / (2 * lengths.sum()))
     envelope = _convex_envelope(contexts, least, mean_context)
     longest = float(lengths.max())
-    alone_s = longest * _token_s(workload, 1, prompt + longest / 2)
+    alone_s = longest * _token_s(workload.times, drafts, 1, prompt + longest / 2)
     return max(float(lengths.sum()) * envelope / workload.num_instances, alone_s)
 
 
-def _token_s(workload: Workload, num_seqs: int, context: float) -> float:
-    """Seconds of an instance per token, with the best drafts that a complete group gives."""
-    times, spec, siblings = workload.times, workload.speculation, workload.group_size - 1
+def _drafts(workload: Workload) -> list[tuple[float, float]]:
+    """Nodes and emitted tokens of every line, and of the tree, that a complete group gives."""
+    spec, siblings = workload.speculation, workload.group_size - 1
     alpha = spec.acceptance_probability(siblings)
     emitted = emitted_moments(np.array([alpha]), spec.gamma_max)[0][:, 0].tolist()
+    lines = [(float(nodes), length) for nodes, length in enumerate(emitted)][1:]
+    return [*lines, (float(spec.tree_nodes), spec.tree_acceptance_length(siblings))]
+
+
+def _token_s(times: RooflineStepTimes, drafts: Sequence[tuple[float, float]], num_seqs: int, context: float) -> float:
+    """Seconds of an instance per token, with the best of these drafts or none."""
     least = times.plain_step_s(num_seqs, context) / num_seqs
-    drafts = [*enumerate(emitted), (spec.tree_nodes, spec.tree_acceptance_length(siblings))][1:]
     for nodes, length in drafts:
         step_s = float(times.verify_step_s(num_seqs, round(num_seqs * (1 + nodes)), context))
         least = min(least, step_s / (num_seqs * length))

@@ -37,7 +37,6 @@ class DraftingBatch(NamedTuple):
 
     Attributes:
         groups: int [n]; positions of their groups.
-        indices: int [n]; which of the group's requests.
         generated: float64 [n]; tokens generated so far.
         is_probe: bool [n]; the high class of Algorithm 1.
         num_seqs: Requests as the step time counts them: those of the fullest rank, times the ranks.
@@ -45,7 +44,6 @@ class DraftingBatch(NamedTuple):
     """
 
     groups: np.ndarray
-    indices: np.ndarray
     generated: np.ndarray
     is_probe: np.ndarray
     num_seqs: int

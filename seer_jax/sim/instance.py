@@ -293,7 +293,6 @@ class SimInstance:
         active = rows.where(self._active)
         batch = DraftingBatch(
             groups=active[GROUP].astype(np.int64),
-            indices=active[INDEX].astype(np.int64),
             generated=active[CONTEXT] - active[PROMPT],
             is_probe=active[PROBE] > 0,
             num_seqs=num_seqs,

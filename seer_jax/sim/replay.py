@@ -18,10 +18,8 @@ from seer_jax.core.events import Event, GroupsSubmitted, InstanceJoined, Instanc
 from seer_jax.core.latency import MeasuredStepTimes
 from seer_jax.core.scheduling import make_estimator, make_policy
 from seer_jax.core.types import InstanceInfo, RequestId, Sample, output_sha256
-from seer_jax.obs.run_dir import CONFIG_FILE, METRICS_FILE
+from seer_jax.obs.run_dir import CONFIG_FILE, EVENTS_FILE, METRICS_FILE
 from seer_jax.sim.simulation import SimCluster, SimRequests, Simulation
-
-EVENTS_FILE = "events.jsonl"
 
 
 @dataclass(frozen=True)

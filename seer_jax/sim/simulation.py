@@ -13,14 +13,11 @@ from seer_jax.core.context import LengthEstimator
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.events import ChunkFinished, GroupsSubmitted, InstanceJoined
 from seer_jax.core.scheduling.base import SchedulingPolicy
-from seer_jax.core.types import InstanceInfo, RequestChunk, RolloutGroup, SamplingParams
+from seer_jax.core.types import InstanceInfo, RequestChunk, RolloutGroup, SamplingParams, tail_time_s
 from seer_jax.sim.batch import InstanceTimes, SimChunk, SimCounters
 from seer_jax.sim.drafting import SpeculationModel
 from seer_jax.sim.instance import SimInstance
 from seer_jax.sim.workloads import Workload
-
-TAIL_SHARE = 0.1
-"""The last tenth of the requests to finish are the tail (Seer, section 2.2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,10 +260,9 @@ class Simulation:
 
     def _result(self, driver: RolloutDriver, now: float) -> SimResult:
         times = np.array(self._finish_times)
-        first_tail = max(0, math.ceil(len(times) * (1 - TAIL_SHARE)) - 1)
         return SimResult(
             rollout_time_s=now,
-            tail_time_s=now - float(times[first_tail]),
+            tail_time_s=tail_time_s(self._finish_times, now),
             finish_times=times,
             generated_tokens=self._num_generated,
             num_chunks=self._num_chunks,
