@@ -24,7 +24,7 @@ from tyro.constructors import (
 from seer_jax.config.decode import CommandLineText, decode, iterate_settings
 from seer_jax.config.docs import read_field_docs
 from seer_jax.config.presets import load_config
-from seer_jax.config.schema import RunConfig
+from seer_jax.config.schema import ChaosConfig, RunConfig
 from seer_jax.config.suggest import did_you_mean
 from seer_jax.core.errors import ConfigError
 from seer_jax.obs.run_dir import CONFIG_FILE
@@ -69,7 +69,7 @@ def parse_job(cls: type[A], argv: Sequence[str], *, prog: str) -> A:
         ConfigError: For anything that the user got wrong.
         SystemExit: With 0 after `--help`.
     """
-    argv = [_expand_short_form(argument) for argument in argv]
+    argv = [_expand_short_form(argument) for argument in _expand_chaos(argv)]
     values, _ = tyro.cli(_Source, args=argv, add_help=False, return_unknown_args=True, registry=_TEXT)
     source, defaults = decode(_Source, values, base=_Source()), cls()
     if source.resume is not None:
@@ -170,6 +170,24 @@ def _load_resumed(run_dir: str, config: str | None) -> RunConfig:
     if not file.is_file():
         raise ConfigError("resume", f"{run_dir!r} holds no {CONFIG_FILE}", "give the directory of an earlier run")
     return load_config(str(file))
+
+
+def _expand_chaos(argv: Sequence[str]) -> list[str]:
+    """Write `--chaos a=2,b=4x,c` as `--chaos.a 2 --chaos.b 4 --chaos.c true`."""
+    names, expanded, rest = [field.name for field in fields(ChaosConfig)], [], list(argv)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        if option != "--chaos":
+            expanded.append(option + equals + value)
+            continue
+        if not equals:
+            value = rest.pop(0) if rest else ""
+        for fault in value.split(","):
+            name, equals, amount = (word.strip() for word in fault.partition("="))
+            if name not in names:
+                raise ConfigError("chaos", f"no fault {name!r}", did_you_mean(name, names))
+            expanded += [f"--chaos.{name}", amount.removesuffix("x") if equals else "true"]
+    return expanded
 
 
 def _expand_short_form(argument: str) -> str:

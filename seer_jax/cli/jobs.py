@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from seer_jax.config.schema import RunConfig
 from seer_jax.core.commands import Command
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.errors import ConfigError
-from seer_jax.core.eventlog import encode_event
-from seer_jax.core.events import Event
+from seer_jax.core.eventlog import decode_events, encode_event
+from seer_jax.core.events import Event, InstanceJoined
 from seer_jax.core.latency import MeasuredStepTimes
 from seer_jax.core.scheduling import make_estimator, make_policy, switched_on
 from seer_jax.core.types import RolloutGroup, Sample
@@ -119,26 +120,34 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
     prompts = dict(enumerate(task.make_prompts(config.seed, "train", config.rollout.num_groups)))
     sampling = make_sampling(config, stop_token_ids(config, model_config))
     groups = make_groups(prompts, config.rollout.group_size, sampling, iteration=0)
-    create_run_dir(options.run_dir, config, resume=False)
+    history = _read_history(options.run_dir, options.variants[0][0]) if options.resume else []
+    create_run_dir(options.run_dir, config, resume=options.resume)
+    directories = [options.run_dir / f"{index}-{policy}" for index, (policy, _) in enumerate(options.variants)]
+    for directory in directories:
+        directory.mkdir(exist_ok=options.resume)
     runs: list[dict[str, Any]] = []
     recorders: list[RolloutRecorder] = []
     with MetricsWriter(options.run_dir / METRICS_FILE) as metrics, ProgressDisplay(enabled=not options.json) as display:
         for mode, variants in groupby(enumerate(options.variants), key=lambda variant: variant[1][1]):
             speculation = replace(config.speculation, mode=mode)
-            with _open_cluster(replace(config, speculation=speculation), model_config, params) as cluster:
+            first_id = 1 + max((e.info.instance_id for e in history if isinstance(e, InstanceJoined)), default=-1)
+            with _open_cluster(
+                replace(config, speculation=speculation), model_config, params, first_instance_id=first_id
+            ) as cluster:
                 _warm_up(cluster, config, groups)
                 for index, (policy, _) in variants:
-                    directory = options.run_dir / f"{index}-{policy}"
-                    directory.mkdir()
                     driver = _make_driver(policy, config)
                     watchers = [display.on_event]
                     if options.trace is not None:
                         prefix = f"{index} {policy}:{mode} " if len(options.variants) > 1 else ""
                         recorders.append(RolloutRecorder(prefix))
                         watchers.append(recorders[-1].on_event)
-                    result = _roll_out_once(cluster, driver, groups, directory, watchers)
+                    runner = partial(RolloutRunner, cluster, driver, chaos=config.chaos, history=history)
+                    result = _roll_out_once(runner, groups, directories[index], watchers)
                     lengths = describe_lengths(result.samples, config.sampling.max_tokens)
                     fired = {f"fired_{name}": driver.firings[name] for name in switched_on(config.rollout)}
+                    if options.resume:
+                        fired["replayed_events"] = len(history)
                     runs.append({"policy": policy, "speculation": mode, **asdict(result.stats), **lengths, **fired})
                     metrics.write({"kind": "rollout", **runs[-1]})
     if options.trace is not None:
@@ -187,26 +196,45 @@ def _warm_up(cluster: Cluster, config: RunConfig, groups: Sequence[RolloutGroup]
 
 
 def _roll_out_once(
-    cluster: Cluster,
-    driver: RolloutDriver,
+    make_runner: Callable[..., RolloutRunner],
     groups: Sequence[RolloutGroup],
     directory: Path,
     watchers: Sequence[Callable[[float, Event, Sequence[Command]], None]],
 ) -> RolloutResult:
-    """One timed rollout, its event log and its samples."""
-    events: list[Event] = []
+    """One timed rollout, or the rest of one; its event log and its samples.
 
-    def on_event(elapsed_s: float, event: Event, commands: Sequence[Command]) -> None:
-        events.append(event)
-        for watch in watchers:
-            watch(elapsed_s, event, commands)
-
-    result = RolloutRunner(cluster, driver, on_event=on_event).run(groups)
+    An event is in the log before anything follows from it, so that a rollout can go on if this process dies.
+    """
     with MetricsWriter(directory / EVENTS_FILE) as log:
-        for event in events:
+
+        def on_event(elapsed_s: float, event: Event, commands: Sequence[Command]) -> None:
             log.write(encode_event(event))
+            for watch in watchers:
+                watch(elapsed_s, event, commands)
+
+        result = make_runner(on_event=on_event).run(groups)
     _write_samples(directory / SAMPLES_FILE, result.samples)
     return result
+
+
+def _read_history(run_dir: Path, policy: str) -> list[Event]:
+    """Events of the one rollout in a directory; what its process was writing when it died is cut off."""
+    directories = sorted(run_dir.glob("[0-9]*-*"))
+    if len(directories) > 1:
+        raise ConfigError("resume", f"{str(run_dir)!r} holds several rollouts", "start them anew, without --resume")
+    if directories and directories[0].name != f"0-{policy}":
+        raise ConfigError("resume", f"the policy was {directories[0].name[2:]!r}", "leave out --policy")
+    directory = run_dir / f"0-{policy}"
+    if (directory / SAMPLES_FILE).exists():
+        raise ConfigError("resume", f"the rollout in {str(run_dir)!r} is finished", f"its responses: {SAMPLES_FILE}")
+    log = directory / EVENTS_FILE
+    if not log.exists():
+        return []
+    with log.open("r+b") as file:
+        whole = file.read()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        file.truncate(len(whole))
+    return list(decode_events(whole.decode().splitlines()))
 
 
 def _write_samples(file: Path, samples: list[Sample]) -> None:
@@ -252,7 +280,9 @@ def _check_learner_devices(config: RunConfig) -> None:
 
 
 @contextmanager
-def _open_cluster(config: RunConfig, model_config: DecoderConfig, params: Params) -> Iterator[Cluster]:
+def _open_cluster(
+    config: RunConfig, model_config: DecoderConfig, params: Params, first_instance_id: int = 0
+) -> Iterator[Cluster]:
     start: Callable[..., Cluster]
     if config.rollout.runtime == "ray":
         from seer_jax.distributed.ray_cluster import RayCluster as start
@@ -261,7 +291,7 @@ def _open_cluster(config: RunConfig, model_config: DecoderConfig, params: Params
     if config.speculation.profile is not None:  # Actors have a working directory of their own.
         profile_path = str(Path(config.speculation.profile).expanduser().resolve())
         config = replace(config, speculation=replace(config.speculation, profile=profile_path))
-    cluster = start(config, model_config, params)
+    cluster = start(config, model_config, params, first_instance_id=first_instance_id)
     try:
         yield cluster
     finally:

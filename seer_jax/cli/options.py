@@ -24,14 +24,16 @@ class RolloutOptions:
     """Options of `jobs.rollout`.
 
     Attributes:
-        run_dir: Where the run writes; not yet created.
+        run_dir: Where the run writes; not yet created unless `resume`.
         variants: What to run one after the other on the same prompts: values of `rollout.policy` and of
             `speculation.mode`.
         trace: File for the Perfetto trace of all variants; None writes none.
+        resume: Whether to go on with the one rollout in `run_dir`, whose process died.
         json: Whether stdout belongs to machines: no display, no tables.
     """
 
     run_dir: Path
     variants: tuple[tuple[str, str], ...]
     trace: Path | None = None
+    resume: bool = False
     json: bool = False

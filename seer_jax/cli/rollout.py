@@ -23,7 +23,8 @@ from seer_jax.obs.trace import check_trace_path
 class RolloutArguments:
     """Sample responses once and measure the scheduling. Every setting of the configuration is an option below.
 
-    Short forms: --policy, --instances, --runtime for --rollout.policy, --rollout.instances, --rollout.runtime.
+    Short forms: --policy, --instances, --runtime for --rollout.policy, --rollout.instances, --rollout.runtime; and
+    --chaos kill_instance=2,slow_instance=4x for --chaos.kill_instance 2 --chaos.slow_instance 4.
     """
 
     config: str = "tiny_math"
@@ -33,6 +34,8 @@ class RolloutArguments:
     speculation, such as `seer:off,seer:grouped`."""
     trace: str | None = None
     """File (.json or .json.gz) for a trace of which instance ran what when, for https://ui.perfetto.dev."""
+    resume: str | None = None
+    """Directory of a rollout whose process died: go on with it, by its event log. Instead of --config and --compare."""
     json: Switch = False
     """The last line of stdout is one JSON object; nothing else for humans is written there."""
     dry_run: Switch = False
@@ -64,11 +67,15 @@ def main(argv: Sequence[str]) -> int:
     if arguments.dry_run:
         print_dry_run(arguments.run, json=arguments.json)
         return 0
-    run_dir = fill_run_dir(arguments.run.run_dir, arguments.config, datetime.now())
+    if arguments.resume is None:
+        run_dir = fill_run_dir(arguments.run.run_dir, arguments.config, datetime.now())
+    else:
+        run_dir = Path(arguments.resume).expanduser()
 
     from seer_jax.cli import jobs
 
-    options = RolloutOptions(run_dir=run_dir, variants=variants, trace=trace, json=arguments.json)
+    resume = arguments.resume is not None
+    options = RolloutOptions(run_dir=run_dir, variants=variants, trace=trace, resume=resume, json=arguments.json)
     runs = jobs.rollout(arguments.run, options)
     if arguments.json:
         print(to_json_line({"runs": runs} if arguments.compare is not None else runs[0]))
@@ -80,6 +87,8 @@ def main(argv: Sequence[str]) -> int:
 def _list_variants(arguments: RolloutArguments) -> tuple[tuple[str, str], ...]:
     """The policy and the speculation mode of every rollout."""
     run = arguments.run
+    if arguments.resume is not None and arguments.compare is not None:
+        raise ConfigError("compare", "several rollouts cannot be resumed", "start them anew, without --resume")
     if arguments.compare is None:
         return ((run.rollout.policy, run.speculation.mode),)
     policies, modes = (

@@ -78,6 +78,11 @@ class RolloutConfig:
     backfill_depth: int = 0
     """When the request chosen by `seer` can start nowhere, so many of those behind it may go first; 0 = it blocks them,
     as in the paper. Needs `starvation_interval`, and few `prefetch_chunks`."""
+    instance_timeout_s: float = 120.0
+    """An instance that has work and gives no sign of life for so long is taken for dead, and its requests go on
+    elsewhere. More than its longest compilation and its longest step."""
+    max_replacements: int = 16
+    """Instances that may be started in a run in place of lost ones; 0 = the others do the work."""
     tail_priority: bool = False
     """Once nothing waits any more, `seer` gives the longest quarter of an instance's requests the high priority of
     probes, which draft budgets favour; not in the paper."""
@@ -199,6 +204,20 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChaosConfig:
+    """Faults on purpose, to see that a rollout survives them with the same tokens."""
+
+    kill_instance: int = 0
+    """Instances killed at random moments of a rollout."""
+    drop_message: float = 0.0
+    """Share of the messages between controller and instances that get lost, with `runtime: ray`."""
+    slow_instance: float = 1.0
+    """How many times as long the first instance takes for its steps."""
+    seed: int = 0
+    """Root of the randomness of faults."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run; what `--config` names and the command line overrides."""
 
@@ -212,6 +231,7 @@ class RunConfig:
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    chaos: ChaosConfig = field(default_factory=ChaosConfig)
     run_dir: str = "runs/{name}-{time}"
     """Where metrics, configuration and checkpoints go; `{name}` is the preset, `{time}` the start."""
 

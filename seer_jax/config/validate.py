@@ -20,6 +20,7 @@ AT_LEAST = {
     "rollout.chunk_size": 1,
     "rollout.starvation_interval": 0,
     "rollout.prefetch_chunks": 0,
+    "rollout.max_replacements": 0,
     "rollout.min_chunk_size": 0,
     "rollout.backfill_depth": 0,
     "engine.max_num_seqs": 1,
@@ -36,6 +37,10 @@ AT_LEAST = {
     "speculation.verify_tile": 1,
     "speculation.draft_servers": 0,
     "speculation.memory_tokens": 0,
+    "chaos.kill_instance": 0,
+    "chaos.drop_message": 0,
+    "chaos.slow_instance": 1,
+    "chaos.seed": 0,
     "sharding.data": 1,
     "sharding.expert": 1,
     "sharding.tensor": 1,
@@ -53,6 +58,7 @@ AT_LEAST = {
 
 ABOVE_ZERO = (
     "sampling.top_p",
+    "rollout.instance_timeout_s",
     "speculation.group_ttl_s",
     "speculation.sync_interval_s",
     "train.learning_rate",
@@ -66,6 +72,7 @@ ABOVE_ZERO = (
 
 MAX_DRAFT_TOKENS = 32
 """Bits of a node's mask of ancestors: `kernels_pallas.mla_attention.MASK_BITS`, which this layer must not import."""
+MAX_DROP_SHARE = 0.9
 RESERVED_PAGES = 1
 """Page 0 takes the writes of padding rows and is never handed out."""
 
@@ -100,6 +107,11 @@ def _check_ranges(config: RunConfig) -> None:
     if config.sharding.data > 1:
         problem = f"is {config.sharding.data}, but rows and cache of an instance are not split over it yet"
         raise ConfigError("sharding.data", problem, "raise rollout.instances instead")
+    if config.chaos.drop_message > MAX_DROP_SHARE:
+        problem = f"is {config.chaos.drop_message}: next to nothing would arrive"
+        raise ConfigError("chaos.drop_message", problem, f"a share of at most {MAX_DROP_SHARE}")
+    if config.chaos.drop_message and config.rollout.runtime == "local":
+        raise ConfigError("chaos.drop_message", "there are no messages with --runtime local", "use --runtime ray")
     if config.sampling.top_p > 1:
         raise ConfigError("sampling.top_p", f"is {config.sampling.top_p}", "give a share in (0, 1]; 1 keeps all")
     if config.speculation.min_probability >= 1:

@@ -13,7 +13,7 @@ import numpy as np
 
 from seer_jax.core.commands import Command, EmitSample, IterationDone, StartChunk
 from seer_jax.core.driver import RolloutDriver
-from seer_jax.core.errors import ProtocolError
+from seer_jax.core.errors import InstanceLostError, ProtocolError
 from seer_jax.core.events import ChunkFinished, Event, GroupsSubmitted, InstanceJoined, InstanceLost, InstanceReport
 from seer_jax.core.types import (
     InstanceInfo,
@@ -61,19 +61,32 @@ def decode_command(data: dict[str, Any]) -> Command:
     return _decode_as(data, _COMMANDS)
 
 
-def replay(lines: Iterable[str], driver: RolloutDriver) -> Iterator[Command]:
-    """Feed a recorded run to a driver and give the commands as they come.
+def decode_events(lines: Iterable[str]) -> Iterator[Event]:
+    """Read a log.
 
     Args:
         lines: JSON lines of `encode_event`; blank ones are skipped.
-        driver: A fresh driver with the policy and estimator of the recorded run.
 
     Raises:
         ProtocolError: If a line is no event.
     """
     for line in lines:
         if line.strip():
-            yield from driver.handle(decode_event(json.loads(line)))
+            yield decode_event(json.loads(line))
+
+
+def replay(events: Iterable[Event], driver: RolloutDriver) -> Iterator[Command]:
+    """Feed a recorded run to a driver and give the commands as they come.
+
+    Args:
+        events: What happened, in order.
+        driver: A fresh driver with the policy and estimator of the recorded run.
+    """
+    for event in events:
+        try:
+            yield from driver.handle(event)
+        except InstanceLostError:
+            continue  # Booked; in the recorded run another instance joined, or it ended here.
 
 
 def _encode(value: Any) -> Any:

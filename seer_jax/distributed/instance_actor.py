@@ -19,8 +19,10 @@ import ray
 from ray.exceptions import RayError
 
 from seer_jax.config.schema import RunConfig, num_mesh_devices
+from seer_jax.core.chaos import delay_s
 from seer_jax.core.events import Event, InstanceReport
 from seer_jax.core.types import InstanceInfo, RequestChunk, RequestId
+from seer_jax.distributed.mailbox import Answer, Batches, Mailbox
 
 REPORT_INTERVAL_S = 0.5
 POLL_TIMEOUT_S = 5.0
@@ -37,11 +39,19 @@ MAX_CONCURRENCY = 8
 class InstanceActor:
     """Owns an engine; `send`, `poll` and `start_iteration` feed it, `poll` returns what happened.
 
+    As long as it has work it tells something at least every `REPORT_INTERVAL_S`, or whenever a dispatch ends.
+
     `ray_cluster` makes it an actor, whose calls run on a pool of `MAX_CONCURRENCY` threads.
     """
 
     def start(
-        self, instance_id: int, model_config: Any, params: Mapping[str, Any], config: RunConfig, on_cpu: bool
+        self,
+        instance_id: int,
+        model_config: Any,
+        params: Mapping[str, Any],
+        config: RunConfig,
+        place: int,
+        on_cpu: bool,
     ) -> InstanceInfo:
         """Build the engine and compile its programs.
 
@@ -52,6 +62,7 @@ class InstanceActor:
             model_config: The decoder's `DecoderConfig`.
             params: Weights as host arrays.
             config: The run.
+            place: Which of the run's instances it is, or takes the place of; from 0 on.
             on_cpu: Compute on this instance's share of the cores instead of an accelerator.
 
         Returns:
@@ -62,7 +73,7 @@ class InstanceActor:
         """
         if on_cpu:
             # XLA reads all of this when its client starts; it sizes its thread pool by the affinity.
-            os.sched_setaffinity(0, share_of_cores(instance_id, config.rollout.instances))
+            os.sched_setaffinity(0, share_of_cores(place, config.rollout.instances))
             os.environ["JAX_PLATFORMS"] = "cpu"
             num_devices = f"--xla_force_host_platform_device_count={num_mesh_devices(config.sharding)}"
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {num_devices}"
@@ -72,7 +83,9 @@ class InstanceActor:
         self._engine = build_engine(config, model_config, params, instance_id=instance_id)
         self._peers: Mapping[int, Any] = {}
         self._inbox: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._happened: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._mailbox = Mailbox(self._take, self._collect)
+        self._chaos = config.chaos
         self._is_urgent = threading.Event()
         self._many_queued = max(1, config.rollout.prefetch_chunks // 2)
         self._transfers = ThreadPoolExecutor(2, "transfers")
@@ -107,27 +120,36 @@ class InstanceActor:
         """See `Engine.take_kv`; called by the instance where the request goes on."""
         return self._run_between_steps(partial(self._engine.take_kv, request_id))
 
-    def send(self, chunks: Sequence[RequestChunk]) -> None:
-        """Queue chunks, those with KV elsewhere as soon as it is fetched; the engine runs on meanwhile."""
-        for chunk in chunks:
-            if chunk.kv is None or chunk.kv.ref == self._engine.info.instance_id:
-                self._inbox.put(partial(self._engine.submit, chunk))
-            else:
-                fetched = self._transfers.submit(self._fetch, chunk)
-                fetched.add_done_callback(lambda done: self._inbox.put(done.result))
+    def send(self, batches: Batches) -> None:
+        """Queue chunks; the engine runs on meanwhile."""
+        self._mailbox.receive(batches)
 
-    def poll(self, chunks: Sequence[RequestChunk]) -> list[Event]:
-        """Queue chunks, then wait for events, at most `POLL_TIMEOUT_S`; raises what the engine raised."""
-        self.send(chunks)
+    def poll(self, number: int, batches: Batches) -> Answer:
+        """Queue chunks, then wait for events, at most `POLL_TIMEOUT_S`; raises what the engine raised.
+
+        See `Mailbox.poll`.
+        """
         if self._thread.done():
             self._thread.result()
+        return self._mailbox.poll(number, batches)
+
+    def _take(self, chunk: RequestChunk) -> None:
+        """Queue a chunk; one with KV elsewhere as soon as it is fetched."""
+        if chunk.kv is None or chunk.kv.ref == self._engine.info.instance_id:
+            self._inbox.put(partial(self._engine.submit, chunk))
+        else:
+            fetched = self._transfers.submit(self._fetch, chunk)
+            fetched.add_done_callback(lambda done: self._inbox.put(done.result))
+
+    def _collect(self) -> list[Event]:
+        """Wait for events; several share a call."""
         events: list[Event] = []
         try:
-            events.append(self._outbox.get(timeout=POLL_TIMEOUT_S))
+            events.append(self._happened.get(timeout=POLL_TIMEOUT_S))
             self._is_urgent.wait(LINGER_BUSY_S if self._engine.num_queued >= self._many_queued else LINGER_S)
             self._is_urgent.clear()
             while True:
-                events.append(self._outbox.get_nowait())
+                events.append(self._happened.get_nowait())
         except queue.Empty:
             return events
 
@@ -136,14 +158,17 @@ class InstanceActor:
         while True:
             while not engine.has_work or not self._inbox.empty():
                 self._inbox.get()()
+            started = time.monotonic()
             finished = engine.step()
+            if self._chaos.slow_instance > 1:
+                time.sleep(delay_s(self._chaos, engine.info.instance_id, time.monotonic() - started))
             if finished or time.monotonic() - reported > REPORT_INTERVAL_S:
                 # Before the chunks it counts: the last chunk ends the iteration, and a later report would leak into
                 # the next one.
                 reported = time.monotonic()
-                self._outbox.put(InstanceReport(status=engine.status()))
+                self._happened.put(InstanceReport(status=engine.status()))
             for event in finished:
-                self._outbox.put(event)
+                self._happened.put(event)
                 if event.kv is not None and not engine.num_queued:
                     self._is_urgent.set()  # The request could go on at once.
             if not engine.has_work:

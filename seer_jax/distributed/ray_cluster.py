@@ -2,135 +2,264 @@
 
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+import jax
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from seer_jax.config.schema import RunConfig, num_mesh_devices
+from seer_jax.core.chaos import Chaos
 from seer_jax.core.errors import ConfigError, InstanceLostError, SeerError
-from seer_jax.core.events import Event, InstanceLost
+from seer_jax.core.events import Event, InstanceJoined, InstanceLost
 from seer_jax.core.types import InstanceInfo, RequestChunk
 from seer_jax.distributed.draft_sync import DraftServers
 from seer_jax.distributed.instance_actor import MAX_CONCURRENCY, InstanceActor
+from seer_jax.distributed.mailbox import Outbox
 
 JAX_PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
 """Modules of which one must be installed for JAX to use the accelerator."""
 FLUSH_TIMEOUT_S = 30.0
+WATCH_INTERVAL_S = 1.0
+"""How often silent instances are looked for at least."""
+
+
+@dataclass(eq=False)
+class Instance:
+    """What the controller knows of an actor.
+
+    Attributes:
+        place: Which of the run's instances it is, or replaces.
+        heard: When it last gave a sign of life, by `time.monotonic`.
+        info: Its capacity; None until its engine is built.
+        policy_version: Weights that it was told to take last.
+    """
+
+    instance_id: int
+    actor: Any
+    place: int
+    heard: float = field(default_factory=time.monotonic)
+    outbox: Outbox = field(default_factory=Outbox)
+    info: InstanceInfo | None = None
+    policy_version: int = 0
 
 
 class RayCluster:
     """Implements `engine.cluster.Cluster` over actors.
 
     At most one `poll` per instance is outstanding; what answers a poll's events travels with the next poll, because
-    every Ray call costs about two milliseconds of CPU in all.
+    every Ray call costs about two milliseconds of CPU in all. Messages may be lost (`mailbox.py`). An instance that
+    dies, whose device fails, or that is silent for `rollout.instance_timeout_s` while it has work, is reported lost; a
+    new actor with the current weights takes its place and joins when it is ready.
     """
 
-    def __init__(self, config: RunConfig, model_config: Any, params: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: RunConfig, model_config: Any, params: Mapping[str, Any], *, first_instance_id: int = 0
+    ) -> None:
         """Start Ray unless it runs, start the actors and wait until every engine is compiled.
 
         Args:
             config: The run; `rollout.instances` actors are started.
             model_config: The decoder's `DecoderConfig`.
             params: Weights as host arrays; travel once through the object store.
+            first_instance_id: Ids count from here; a resumed rollout must not meet an old one again.
 
         Raises:
             ConfigError: If the cluster cannot hold the instances, or an engine cannot be built.
         """
-        self._config = config
+        self._config, self._model_config = config, model_config
+        self._chaos = Chaos(config.chaos)
         self._owns_ray = not ray.is_initialized()
-        self._actors: dict[int, Any] = {}
-        self._polls: dict[Any, int] = {}
+        self._next_id = first_instance_id
+        self._num_replaced = 0
+        self._policy_version = 0
+        self._instances: dict[int, Instance] = {}
+        self._polls: dict[Any, Instance] = {}
+        self._starting: dict[Any, Instance] = {}
         self._draft_servers: DraftServers | None = None
         with ExitStack() as on_failure:
             on_failure.callback(self.close)
             if self._owns_ray:
                 start_ray()
-            platform = _platform()
-            _check_resources(platform, config)
-            weights = ray.put(params)
-            actor_class = ray.remote(InstanceActor).options(
-                max_concurrency=MAX_CONCURRENCY, **_resources(platform, config)
+            self._platform = _platform()
+            _check_resources(self._platform, config)
+            self._weights = ray.put(params)
+            self._actor_class = ray.remote(InstanceActor).options(
+                max_concurrency=MAX_CONCURRENCY, **_resources(self._platform, config)
             )
-            self._actors.update((i, actor_class.remote()) for i in range(config.rollout.instances))
-            self.infos = _get_infos(
-                [
-                    actor.start.remote(i, model_config, weights, config, platform == "cpu")
-                    for i, actor in self._actors.items()
-                ]
-            )
+            started = [self._start(place) for place in range(config.rollout.instances)]
+            for ref, info in zip(started, _get_infos(started), strict=True):
+                instance = self._starting.pop(ref)
+                instance.info = info
+                self._instances[instance.instance_id] = instance
             if config.speculation.mode in ("grouped", "grouped_tree"):
                 speculation = config.speculation
                 self._draft_servers = DraftServers(speculation.draft_servers, speculation.memory_tokens)
             ray.get(self._introduce())
             on_failure.pop_all()
 
+    @property
+    def infos(self) -> Sequence[InstanceInfo]:
+        """See `Cluster`."""
+        return [instance.info for instance in self._instances.values()]
+
+    @property
+    def expects_instances(self) -> bool:
+        """See `Cluster`."""
+        return bool(self._starting)
+
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
         """See `Cluster`. Weights go to the object store once, every node fetches them once."""
         if self._draft_servers is not None:
-            if self._config.speculation.memory_tokens and self._actors:
-                flushed = [actor.flush_drafts.remote() for actor in self._actors.values()]
+            if self._config.speculation.memory_tokens and self._instances:
+                flushed = [instance.actor.flush_drafts.remote() for instance in self._instances.values()]
                 ray.wait(flushed, num_returns=len(flushed), timeout=FLUSH_TIMEOUT_S)
             self._draft_servers.start_epoch(policy_version)
             self._introduce()  # An instance that gave a server up, or that of a new one, hears of it again.
-        weights = None if params is None else ray.put(params)
-        started = {i: actor.start_iteration.remote(policy_version, weights) for i, actor in self._actors.items()}
-        for instance_id, ref in started.items():
+        self._policy_version = policy_version
+        if params is not None:
+            self._weights = ray.put(params)
+        weights = None if params is None else self._weights
+        started = [(i, i.actor.start_iteration.remote(policy_version, weights)) for i in self._instances.values()]
+        for instance, ref in started:
             try:
-                ray.get(ref)
-            except RayActorError:
-                # Dead, or out of reach and then without these weights; its poll fails, and `wait` reports the loss.
-                ray.kill(self._actors[instance_id])
+                ray.get(ref, timeout=self._config.rollout.instance_timeout_s)
+            except (RayActorError, GetTimeoutError):
+                # Dead, hung, or out of reach and then without these weights; its poll fails, and `wait` reports it.
+                ray.kill(instance.actor)
 
     def send(self, chunks: Mapping[int, Sequence[RequestChunk]]) -> None:
         """See `Cluster`. Chunks sent to an instance that just died are reported lost with it."""
+        polled = set(self._polls.values())
         for instance_id, batch in chunks.items():
-            if instance_id in self._polls.values():
-                self._actors[instance_id].send.remote(batch)
-            elif instance_id in self._actors:
-                self._poll(instance_id, batch)
+            instance = self._instances.get(instance_id)
+            if instance is None:
+                continue
+            if not instance.outbox.num_in_flight:
+                instance.heard = time.monotonic()
+            message = instance.outbox.add(batch)
+            if instance not in polled:
+                self._poll(instance)
+            elif not self._chaos.drops_message():
+                instance.actor.send.remote(message)
 
     def wait(self) -> list[Event]:
-        """See `Cluster`. A dead actor, or one whose events are lost, yields `InstanceLost`.
+        """See `Cluster`; returns after `WATCH_INTERVAL_S` without events, too.
 
         Raises:
-            InstanceLostError: If the loss of every instance has been reported already.
+            InstanceLostError: If the loss of every instance has been reported already, and none is to come.
         """
-        if not self._actors:
+        if not self._instances and not self._starting:
             raise InstanceLostError("all instances are lost")
-        for instance_id in self._actors.keys() - self._polls.values():
-            self._poll(instance_id, [])
-        (ref,), _ = ray.wait(list(self._polls), num_returns=1)
-        instance_id = self._polls.pop(ref)
-        try:
-            events = ray.get(ref)
-        except (RayActorError, ObjectLostError):
-            ray.kill(self._actors.pop(instance_id))
-            self.infos = [info for info in self.infos if info.instance_id != instance_id]
-            return [InstanceLost(instance_id=instance_id)]
+        polled = set(self._polls.values())
+        for instance in self._instances.values():
+            if instance not in polled:
+                self._poll(instance)
+        ready, _ = ray.wait([*self._polls, *self._starting], num_returns=1, timeout=WATCH_INTERVAL_S)
+        events: list[Event] = []
+        for ref in ready:
+            events += self._open(ref) if ref in self._polls else self._go_on_starting(ref)
+        oldest = time.monotonic() - self._config.rollout.instance_timeout_s
+        for instance in list(self._instances.values()):
+            if instance.outbox.num_in_flight and instance.heard < oldest:
+                logging.warning("Instance %d is silent and taken for dead", instance.instance_id)
+                events += self._lose(instance)
         return events
+
+    def kill(self, instance_id: int) -> None:
+        """See `Cluster`. The process is gone at once; `wait` finds out by itself."""
+        ray.kill(self._instances[instance_id].actor)
 
     def close(self) -> None:
         """Stop the actors, and Ray if this object started it."""
-        for actor in self._actors.values():
-            ray.kill(actor)
-        self._actors.clear()
+        for instance in (*self._instances.values(), *self._starting.values()):
+            ray.kill(instance.actor)
+        self._instances.clear()
+        self._starting.clear()
         self._polls.clear()
         if self._draft_servers is not None:
             self._draft_servers.close()
         if self._owns_ray:
             ray.shutdown()
 
+    def _start(self, place: int) -> Any:
+        """Start an actor and let it build its engine; returns the call under way."""
+        actor, instance_id = self._actor_class.remote(), self._next_id
+        self._next_id += 1
+        ref = actor.start.remote(
+            instance_id, self._model_config, self._weights, self._config, place, self._platform == "cpu"
+        )
+        self._starting[ref] = Instance(instance_id, actor, place)
+        return ref
+
+    def _go_on_starting(self, ref: Any) -> list[Event]:
+        """Take a replacement's next step: built, then told the version of its weights, then joined."""
+        instance = self._starting.pop(ref)
+        try:
+            result = ray.get(ref)
+        except (RayActorError, ObjectLostError):
+            self._replace(instance)
+            return []
+        is_built = instance.info is None
+        if is_built:
+            instance.info = result
+        if is_built or instance.policy_version != self._policy_version:
+            instance.policy_version = self._policy_version
+            told = instance.actor.start_iteration.remote(self._policy_version, self._weights)
+            self._starting[told] = instance
+            return []
+        self._instances[instance.instance_id] = instance
+        self._introduce()
+        return [InstanceJoined(info=instance.info, policy_version=self._policy_version)]
+
+    def _open(self, ref: Any) -> list[Event]:
+        """Take in the answer of a poll."""
+        instance = self._polls.pop(ref)
+        try:
+            answer = ray.get(ref)
+        except RayActorError:
+            return self._lose(instance)
+        except ObjectLostError:
+            return []  # The next poll asks again.
+        except RayTaskError as error:
+            if not isinstance(error.cause, jax.errors.JaxRuntimeError):
+                raise
+            logging.warning("The device of instance %d failed: %s", instance.instance_id, error.cause)
+            return self._lose(instance)
+        if self._chaos.drops_message():
+            return []
+        events = instance.outbox.open(answer)
+        if events or not instance.outbox.num_in_flight:
+            instance.heard = time.monotonic()
+        return events
+
+    def _lose(self, instance: Instance) -> list[Event]:
+        ray.kill(instance.actor)
+        del self._instances[instance.instance_id]
+        self._polls = {ref: other for ref, other in self._polls.items() if other is not instance}
+        self._replace(instance)
+        return [InstanceLost(instance_id=instance.instance_id)]
+
+    def _replace(self, instance: Instance) -> None:
+        if self._num_replaced < self._config.rollout.max_replacements:
+            self._num_replaced += 1
+            self._start(instance.place)
+
     def _introduce(self) -> list[Any]:
         """Tell the instances of each other and of the draft servers."""
         servers = [] if self._draft_servers is None else self._draft_servers.actors
-        return [actor.meet.remote(self._actors, servers) for actor in self._actors.values()]
+        actors = {instance_id: instance.actor for instance_id, instance in self._instances.items()}
+        return [actor.meet.remote(actors, servers) for actor in actors.values()]
 
-    def _poll(self, instance_id: int, chunks: Sequence[RequestChunk]) -> None:
-        self._polls[self._actors[instance_id].poll.remote(chunks)] = instance_id
+    def _poll(self, instance: Instance) -> None:
+        number, batches = instance.outbox.next_poll()
+        if not self._chaos.drops_message():
+            self._polls[instance.actor.poll.remote(number, batches)] = instance
 
 
 def start_ray() -> None:

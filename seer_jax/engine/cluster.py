@@ -1,22 +1,33 @@
 """A set of instances as the rollout loop sees it, and the in-process implementation."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
-from seer_jax.config.schema import SpeculationConfig
+from seer_jax.config.schema import ChaosConfig, SpeculationConfig
+from seer_jax.core.chaos import delay_s
 from seer_jax.core.draft.server import DraftServer
-from seer_jax.core.events import Event, InstanceReport
+from seer_jax.core.events import Event, InstanceJoined, InstanceLost, InstanceReport
 from seer_jax.core.types import InstanceInfo, RequestChunk
 from seer_jax.engine.engine import NO_SPECULATION, Engine
+
+NO_CHAOS = ChaosConfig()
 
 
 @runtime_checkable
 class Cluster(Protocol):
     """Instances that run chunks: in this process (`LocalCluster`) or as Ray actors (`distributed.RayCluster`)."""
 
-    infos: Sequence[InstanceInfo]
+    @property
+    def infos(self) -> Sequence[InstanceInfo]:
+        """The live instances."""
+        ...
+
+    @property
+    def expects_instances(self) -> bool:
+        """Whether instances are on their way, which `wait` will report as joined."""
+        ...
 
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
         """Reset counters and give every instance these weights, unless None; returns when all have them."""
@@ -27,7 +38,11 @@ class Cluster(Protocol):
         ...
 
     def wait(self) -> list[Event]:
-        """Block until something happened anywhere; finished chunks and telemetry."""
+        """Block until something happened anywhere, or for a while: chunks, telemetry, instances lost and joined."""
+        ...
+
+    def kill(self, instance_id: int) -> None:
+        """Let an instance die at once with all that it has, as a fault would; for tests and `--chaos`."""
         ...
 
     def close(self) -> None:
@@ -38,19 +53,42 @@ class Cluster(Protocol):
 class LocalCluster:
     """All instances in this process, stepped in turn: for debugging, and for the reference run."""
 
-    def __init__(self, engines: Sequence[Engine], speculation: SpeculationConfig = NO_SPECULATION) -> None:
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        speculation: SpeculationConfig = NO_SPECULATION,
+        *,
+        build: Callable[[int, int, Mapping[str, Any]], Engine] | None = None,
+        chaos: ChaosConfig = NO_CHAOS,
+    ) -> None:
         """Take over engines, and let those that draft from their groups share what they said.
 
         Args:
             engines: Warmed up.
             speculation: That of the engines.
+            build: Makes the engine that takes the place of one that was killed, from that place, its own id and the
+                weights; None: there are no replacements.
+            chaos: Faults.
         """
+        self._build, self._chaos = build, chaos
+        self._pending: list[Event] = []
+        self._places = {engine.info.instance_id: place for place, engine in enumerate(engines)}
+        self._next_id = 1 + max(self._places)
         self._draft_server: DraftServer | None = None
         if speculation.mode in ("grouped", "grouped_tree") and speculation.draft_servers:
             self._draft_server = DraftServer(memory_tokens=speculation.memory_tokens)
         self._sync_interval_s, self._synced = speculation.sync_interval_s, time.monotonic()
         self._engines = {engine.info.instance_id: engine for engine in engines}
-        self.infos = [engine.info for engine in engines]
+
+    @property
+    def infos(self) -> Sequence[InstanceInfo]:
+        """See `Cluster`."""
+        return [engine.info for engine in self._engines.values()]
+
+    @property
+    def expects_instances(self) -> bool:
+        """See `Cluster`."""
+        return any(isinstance(event, InstanceJoined) for event in self._pending)
 
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
         """See `Cluster`."""
@@ -69,19 +107,35 @@ class LocalCluster:
                     owner = self._engines.get(kv.ref)
                     moved = None if owner is None else owner.take_kv(chunk.request_id)
                     chunk = replace(chunk, kv=replace(kv, ref=moved))
-                self._engines[instance_id].submit(chunk)
+                if instance_id in self._engines:  # Else its loss is about to be reported.
+                    self._engines[instance_id].submit(chunk)
 
     def wait(self) -> list[Event]:
-        """Run one dispatch on every instance that has work."""
-        events: list[Event] = []
+        """See `Cluster`: run one dispatch on every instance that has work."""
+        events = [self._pending.pop(0)] if self._pending else []
         for engine in self._engines.values():
             if engine.has_work:
+                started = time.monotonic()
                 events += engine.step()
+                if self._chaos.slow_instance > 1:
+                    time.sleep(delay_s(self._chaos, engine.info.instance_id, time.monotonic() - started))
                 events.append(InstanceReport(status=engine.status()))
         if self._draft_server is not None and time.monotonic() - self._synced > self._sync_interval_s:
             self._synced = time.monotonic()
             self._exchange_drafts(self._draft_server)
         return events
+
+    def kill(self, instance_id: int) -> None:
+        """See `Cluster`."""
+        dead, place = self._engines.pop(instance_id), self._places[instance_id]
+        self._pending.append(InstanceLost(instance_id=instance_id))
+        if self._build is None:
+            return
+        engine = self._build(place, self._next_id, dead.params)
+        engine.start_iteration(dead.policy_version)
+        self._engines[self._next_id], self._places[self._next_id] = engine, place
+        self._pending.append(InstanceJoined(info=engine.info, policy_version=dead.policy_version))
+        self._next_id += 1
 
     def _exchange_drafts(self, server: DraftServer) -> None:
         for client in (engine.speculator.client for engine in self._engines.values()):

@@ -51,14 +51,22 @@ def needs_truncation(config: RunConfig) -> bool:
     return config.sampling.top_k > 0 or config.sampling.top_p < 1
 
 
-def build_local_cluster(config: RunConfig, model_config: DecoderConfig, params: Mapping[str, Any]) -> LocalCluster:
-    """Build all instances in this process; they share devices when there are not enough for all."""
+def build_local_cluster(
+    config: RunConfig, model_config: DecoderConfig, params: Mapping[str, Any], *, first_instance_id: int = 0
+) -> LocalCluster:
+    """Build all instances in this process; they share devices when there are not enough for all.
+
+    See `RayCluster` for the arguments.
+    """
     size, num_devices = num_mesh_devices(config.sharding), len(jax.devices())
-    engines = []
-    for i in range(config.rollout.instances):
-        first = i * size if (i + 1) * size <= num_devices else 0
-        engines.append(build_engine(config, model_config, params, instance_id=i, first_device=first))
-    return LocalCluster(engines, config.speculation)
+
+    def build(place: int, instance_id: int, weights: Mapping[str, Any]) -> Engine:
+        first = place * size if (place + 1) * size <= num_devices else 0
+        return build_engine(config, model_config, weights, instance_id=instance_id, first_device=first)
+
+    engines = [build(place, first_instance_id + place, params) for place in range(config.rollout.instances)]
+    replaces = config.rollout.max_replacements > 0
+    return LocalCluster(engines, config.speculation, build=build if replaces else None, chaos=config.chaos)
 
 
 def enable_compilation_cache(directory: str | None) -> None:

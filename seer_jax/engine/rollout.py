@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from seer_jax.core.commands import Command, EmitSample, IterationDone, StartChunk
+from seer_jax.config.schema import ChaosConfig
+from seer_jax.core.chaos import Chaos
+from seer_jax.core.commands import Command, EmitSample, StartChunk
 from seer_jax.core.driver import RolloutDriver
-from seer_jax.core.errors import ProtocolError
-from seer_jax.core.events import Event, GroupsSubmitted, InstanceJoined, InstanceReport
+from seer_jax.core.errors import InstanceLostError, ProtocolError
+from seer_jax.core.eventlog import replay
+from seer_jax.core.events import Event, GroupsSubmitted, InstanceJoined, InstanceLost, InstanceReport
 from seer_jax.core.types import InstanceStatus, RequestChunk, RolloutGroup, Sample, output_sha256, tail_time_s
-from seer_jax.engine.cluster import Cluster
+from seer_jax.engine.cluster import NO_CHAOS, Cluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +24,7 @@ class RolloutStats:
     Attributes:
         tail_time_s: From the end of the 90th percentile request to the end of the rollout.
         prefilled_tokens: Tokens whose KV was computed in prefill slices.
-        reprefilled_tokens: Those of them whose KV had existed before and was lost.
+        re_prefilled_tokens: Those of them whose KV had existed before and was lost.
         shared_tokens: Prompt tokens whose KV was copied from a sibling instead.
         mean_acceptance_length: Tokens emitted per verification, empty drafts included; 1 without speculation.
         num_steps: Model steps, all instances together.
@@ -29,6 +32,8 @@ class RolloutStats:
         verify_time_s: Device time of verification, all instances together.
         imported_tokens: Tokens of resumed chunks whose KV came from the host or from another instance.
         max_kv_utilization: Highest share of pages in use at any instance, those of paused requests aside.
+        instances_lost: Instances that died, hung or were killed.
+        chunks_resumed: Chunks that were under way there, and run again elsewhere from the last returned token.
     """
 
     num_requests: int
@@ -39,7 +44,7 @@ class RolloutStats:
     num_preemptions: int
     num_chunks: int
     prefilled_tokens: int
-    reprefilled_tokens: int
+    re_prefilled_tokens: int
     shared_tokens: int
     imported_tokens: int
     max_kv_utilization: float
@@ -50,6 +55,8 @@ class RolloutStats:
     mean_acceptance_length: float
     draft_time_s: float
     verify_time_s: float
+    instances_lost: int
+    chunks_resumed: int
     output_sha256: str
 
 
@@ -76,6 +83,8 @@ class RolloutRunner:
         *,
         policy_version: int = 0,
         on_event: Callable[[float, Event, Sequence[Command]], None] | None = None,
+        chaos: ChaosConfig = NO_CHAOS,
+        history: Iterable[Event] = (),
     ) -> None:
         """Join the instances to the driver.
 
@@ -84,12 +93,23 @@ class RolloutRunner:
             driver: A fresh driver.
             policy_version: Version of the weights that the instances hold.
             on_event: Called with (seconds, event, commands) for every event: event log, progress display.
+            chaos: Faults.
+            history: Events of a rollout whose controller died, from its first on. `run` goes on with it: what is
+                finished stays so, what was under way at the old instances goes on at these, whose ids are new.
         """
         self._cluster, self._driver, self._on_event = cluster, driver, on_event
+        self._chaos = Chaos(chaos)
         self._started = time.perf_counter()
+        self._num_lost = self._num_resumed = 0
         self.policy_version = policy_version
+        replayed = replay(history, driver)
+        self._samples = [command.sample for command in replayed if isinstance(command, EmitSample)]
+        gone = tuple(driver.loads)
+        self._commands: list[Command] = []
         for info in cluster.infos:
-            self._handle(InstanceJoined(info=info, policy_version=policy_version))
+            self._commands += self._handle(InstanceJoined(info=info, policy_version=policy_version))
+        for instance_id in gone:
+            self._commands += self._handle(InstanceLost(instance_id=instance_id))
 
     def run(
         self, groups: Sequence[RolloutGroup], *, policy_version: int = 0, get_params: Callable[[], Any] | None = None
@@ -115,9 +135,12 @@ class RolloutRunner:
         self.policy_version = policy_version
         self._started = started = time.perf_counter()
         statuses: dict[int, InstanceStatus] = {}
-        samples: list[Sample] = []
-        finish_times: list[float] = []
-        commands = self._handle(GroupsSubmitted(groups=tuple(groups), policy_version=policy_version))
+        self._num_lost = self._num_resumed = 0
+        samples, commands, self._samples, self._commands = self._samples, self._commands, [], []
+        finish_times = [0.0] * len(samples)
+        self._chaos.start(sum(group.group_size for group in groups))
+        if not samples and not self._driver.buffer:
+            commands = self._submit(groups, policy_version)
         while True:
             starts: dict[int, list[RequestChunk]] = defaultdict(list)
             for command in commands:
@@ -127,17 +150,26 @@ class RolloutRunner:
                     case EmitSample():
                         samples.append(command.sample)
                         finish_times.append(time.perf_counter() - started)
-            if any(isinstance(command, IterationDone) for command in commands):
+            if not self._driver.buffer:
                 break
             if starts:
                 self._cluster.send(starts)
+            for instance_id in self._chaos.victims(len(samples), self._driver.loads):
+                self._cluster.kill(instance_id)
             commands = []
             for event in self._cluster.wait():
                 if isinstance(event, InstanceReport):
                     statuses[event.status.instance_id] = event.status
                 commands += self._handle(event)
         samples.sort(key=lambda sample: sample.request_id)
-        stats = summarize(samples, finish_times, statuses.values(), time.perf_counter() - started)
+        stats = summarize(
+            samples,
+            finish_times,
+            statuses.values(),
+            time.perf_counter() - started,
+            instances_lost=self._num_lost,
+            chunks_resumed=self._num_resumed,
+        )
         weights_update_s = started - updating if params is not None else 0.0
         return RolloutResult(samples=samples, stats=stats, weights_update_s=weights_update_s)
 
@@ -145,8 +177,22 @@ class RolloutRunner:
         """Stop the instances."""
         self._cluster.close()
 
+    def _submit(self, groups: Sequence[RolloutGroup], policy_version: int) -> list[Command]:
+        while not self._driver.loads and self._cluster.expects_instances:  # The last ones died with the last iteration.
+            for event in self._cluster.wait():
+                self._handle(event)
+        return self._handle(GroupsSubmitted(groups=tuple(groups), policy_version=policy_version))
+
     def _handle(self, event: Event) -> list[Command]:
-        commands = self._driver.handle(event)
+        if isinstance(event, InstanceLost):
+            self._num_lost += 1
+            self._num_resumed += len(self._driver.loads[event.instance_id].in_flight)
+        try:
+            commands = self._driver.handle(event)
+        except InstanceLostError:
+            if not self._cluster.expects_instances:
+                raise
+            commands = []  # The loss is booked; those that are on their way take what remains.
         if self._on_event is not None:
             self._on_event(time.perf_counter() - self._started, event, commands)
         return commands
@@ -157,6 +203,9 @@ def summarize(
     finish_times: Sequence[float],
     statuses: Iterable[InstanceStatus],
     rollout_time_s: float,
+    *,
+    instances_lost: int = 0,
+    chunks_resumed: int = 0,
 ) -> RolloutStats:
     """Figures of a finished rollout."""
     statuses = list(statuses)
@@ -172,7 +221,7 @@ def summarize(
         num_preemptions=sum(s.num_preemptions for s in statuses),
         num_chunks=sum(sample.num_chunks for sample in samples),
         prefilled_tokens=sum(s.num_prefilled_tokens for s in statuses),
-        reprefilled_tokens=sum(s.num_reprefilled_tokens for s in statuses),
+        re_prefilled_tokens=sum(s.num_reprefilled_tokens for s in statuses),
         shared_tokens=sum(s.num_shared_tokens for s in statuses),
         imported_tokens=sum(s.num_imported_tokens for s in statuses),
         max_kv_utilization=max((s.max_kv_utilization for s in statuses), default=0.0),
@@ -183,5 +232,7 @@ def summarize(
         mean_acceptance_length=1 + sum(s.num_accepted_tokens for s in statuses) / max(1, num_verified),
         draft_time_s=sum((s.draft_time_s for s in statuses), 0.0),
         verify_time_s=sum((s.verify_time_s for s in statuses), 0.0),
+        instances_lost=instances_lost,
+        chunks_resumed=chunks_resumed,
         output_sha256=output_sha256(list(samples)),
     )

@@ -13,7 +13,7 @@ from seer_jax.config.schema import RunConfig
 from seer_jax.core.commands import EmitSample
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.errors import ConfigError, ProtocolError
-from seer_jax.core.eventlog import decode_event
+from seer_jax.core.eventlog import decode_event, replay
 from seer_jax.core.events import Event, GroupsSubmitted, InstanceJoined, InstanceLost
 from seer_jax.core.latency import MeasuredStepTimes
 from seer_jax.core.scheduling import make_estimator, make_policy
@@ -163,8 +163,7 @@ def _read_json_lines(file: Path) -> list[dict[str, Any]]:
 def _replay(events: Sequence[Event], policy: str, config: RunConfig, sha256: str, name: str) -> list[Sample]:
     """Feed a fresh driver; it raises at a result of a chunk that it did not send there."""
     driver = RolloutDriver(make_policy(policy, config.rollout), make_estimator(policy, config.rollout))
-    commands = [command for event in events for command in driver.handle(event)]
-    samples = [command.sample for command in commands if isinstance(command, EmitSample)]
+    samples = [command.sample for command in replay(events, driver) if isinstance(command, EmitSample)]
     if output_sha256(samples) != sha256:
         raise ProtocolError(f"{name}: the replayed responses hash to {output_sha256(samples)}, recorded is {sha256}")
     return samples

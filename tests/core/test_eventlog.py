@@ -10,7 +10,7 @@ from hypothesis import given
 from seer_jax.core.commands import Command
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.errors import ProtocolError
-from seer_jax.core.eventlog import decode_command, decode_event, encode_command, encode_event, replay
+from seer_jax.core.eventlog import decode_command, decode_event, decode_events, encode_command, encode_event, replay
 from seer_jax.core.events import GroupsSubmitted, InstanceJoined, InstanceReport
 from seer_jax.core.scheduling import SeerPolicy
 from seer_jax.core.types import InstanceStatus, RolloutGroup, SamplingParams
@@ -33,7 +33,7 @@ def test_a_recorded_run_replays_to_the_same_commands(scenario):
     cluster.observers.append(lambda event, commands: lines.append(json.dumps(encode_event(event))))
     cluster.observers.append(lambda event, commands: recorded.extend(commands))
     cluster.run(scenario.groups)
-    replayed = list(replay(lines, RolloutDriver(policy)))
+    replayed = list(replay(decode_events(lines), RolloutDriver(policy)))
     assert [encode_command(c) for c in replayed] == [encode_command(c) for c in recorded]
     assert all(encode_command(decode_command(encode_command(c))) == encode_command(c) for c in recorded)
 

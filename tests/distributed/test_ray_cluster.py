@@ -27,7 +27,7 @@ pytestmark = pytest.mark.ray
 
 CONFIG = RunConfig(
     engine=dataclasses.replace(tiny.CONFIG, deterministic=True),
-    rollout=RolloutConfig(instances=2, chunk_size=6, prefetch_chunks=1),
+    rollout=RolloutConfig(instances=2, chunk_size=6, prefetch_chunks=1, max_replacements=0),
 )
 SAMPLING = SamplingParams(max_tokens=48, seed=5)
 
@@ -57,6 +57,12 @@ def test_expert_ids_come_with_the_samples_as_in_process() -> None:
     clusters[0].close()
 
 
+def wait_for_events(cluster: RayCluster) -> list[Event]:
+    while not (events := cluster.wait()):
+        pass
+    return events
+
+
 def make_driver() -> RolloutDriver:
     return RolloutDriver(make_policy("seer", CONFIG.rollout))
 
@@ -72,7 +78,7 @@ def test_actors_give_the_tokens_of_the_in_process_run_and_take_new_weights(expec
     runner = RolloutRunner(cluster, make_driver(), on_event=note)
     result = runner.run(tiny.groups(3, 4, SAMPLING))
     assert result.stats.output_sha256 == expected.stats.output_sha256
-    assert result.stats.reprefilled_tokens == 0 and result.stats.num_chunks > 12
+    assert result.stats.re_prefilled_tokens == 0 and result.stats.num_chunks > 12
     assert sum(generated.values()) == result.stats.generated_tokens
     generated.clear()
     updated = runner.run(tiny.groups(3, 4, SAMPLING), policy_version=1, get_params=lambda: tiny.params(1))
@@ -102,13 +108,13 @@ def test_instance_killed_between_two_runs_loses_no_token(expected: RolloutResult
     cluster = RayCluster(CONFIG, tiny.MODEL, tiny.params())
     runner = RolloutRunner(cluster, make_driver())
     runner.run(tiny.groups(3, 4, SAMPLING))
-    ray.kill(cluster._actors[0])
+    cluster.kill(0)
     result = runner.run(tiny.groups(3, 4, SAMPLING), policy_version=1, get_params=tiny.params)
     assert result.stats.output_sha256 == expected.stats.output_sha256
-    assert list(cluster._actors) == [info.instance_id for info in cluster.infos] == [1]
-    ray.kill(cluster._actors[1])
+    assert [info.instance_id for info in cluster.infos] == [1]
+    cluster.kill(1)
     cluster.start_iteration(2, None)
-    assert cluster.wait() == [InstanceLost(instance_id=1)]
+    assert wait_for_events(cluster) == [InstanceLost(instance_id=1)]
     with pytest.raises(InstanceLostError, match="all instances are lost"):
         cluster.wait()
     runner.close()
@@ -173,14 +179,14 @@ class KillingCluster(RayCluster):
         """Send, then kill."""
         super().send(chunks)
         self.num_sends = getattr(self, "num_sends", 0) + (0 in chunks)
-        if self.num_sends == 3 and 0 in self._actors:
-            ray.kill(self._actors[0])
+        if self.num_sends == 3 and 0 in self._instances:
+            self.kill(0)
 
 
 def test_killed_instance_loses_no_token(expected: RolloutResult) -> None:
     cluster = KillingCluster(CONFIG, tiny.MODEL, tiny.params())
     result = RolloutRunner(cluster, make_driver()).run(tiny.groups(3, 4, SAMPLING))
-    assert list(cluster._actors) == [info.instance_id for info in cluster.infos] == [1]
+    assert [info.instance_id for info in cluster.infos] == [1]
     assert result.stats.output_sha256 == expected.stats.output_sha256
     cluster.close()
 
@@ -206,7 +212,7 @@ def test_error_inside_the_engine_thread_reaches_the_caller() -> None:
 def test_kv_of_a_dead_or_unknown_instance_costs_a_prefill() -> None:
     config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, instances=2))
     cluster = RayCluster(config, tiny.MODEL, tiny.params())
-    ray.kill(cluster._actors[0])
+    cluster.kill(0)
     whole = [tiny.chunk(tiny.prompt(i, 9), index=i) for i in range(2)]
     tokens = [tiny.reference_decode(chunk)[0] for chunk in whole]
     for i, owner in enumerate((0, 7)):

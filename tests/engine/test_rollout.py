@@ -48,8 +48,8 @@ def test_output_is_the_same_for_every_policy_instance_count_chunk_size_and_memor
 
 def test_seer_never_preempts_where_the_baseline_must() -> None:
     seer, baseline = roll_out(num_pages=22), roll_out(policy="group_round_robin", num_pages=22)
-    assert seer.stats.num_preemptions == 0 and seer.stats.reprefilled_tokens == 0
-    assert baseline.stats.num_preemptions > 0 and baseline.stats.reprefilled_tokens > 0
+    assert seer.stats.num_preemptions == 0 and seer.stats.re_prefilled_tokens == 0
+    assert baseline.stats.num_preemptions > 0 and baseline.stats.re_prefilled_tokens > 0
     assert seer.stats.generated_tokens == baseline.stats.generated_tokens
 
 

@@ -1,0 +1,51 @@
+"""Seeded faults: what a rollout must survive with the same tokens."""
+
+import random
+from collections.abc import Mapping
+
+from seer_jax.config.schema import ChaosConfig
+from seer_jax.core.placement import InstanceLoad
+
+KILL_UNTIL = 0.8
+"""Instances die while less than this share of the requests has finished, so that there is something to lose."""
+
+
+class Chaos:
+    """Says when which fault happens, the same for the same settings and course of the rollout."""
+
+    def __init__(self, config: ChaosConfig) -> None:
+        """Draw nothing yet."""
+        self._config = config
+        self._rng = random.Random(config.seed)
+        self._kill_at: list[int] = []
+
+    def start(self, num_requests: int) -> None:
+        """Choose after how many finished requests instances are killed.
+
+        Args:
+            num_requests: Of the rollout that begins.
+        """
+        last = int(KILL_UNTIL * num_requests)
+        self._kill_at = sorted(self._rng.randint(0, last) for _ in range(self._config.kill_instance))
+
+    def victims(self, num_finished: int, loads: Mapping[int, InstanceLoad]) -> list[int]:
+        """Choose instances to kill now: at most one at a time, and only one that runs something.
+
+        Args:
+            num_finished: Requests finished so far.
+            loads: Live instances and what is in flight there.
+        """
+        busy = [instance_id for instance_id, load in loads.items() if load.in_flight]
+        if not busy or not self._kill_at or num_finished < self._kill_at[0]:
+            return []
+        self._kill_at.pop(0)
+        return [self._rng.choice(busy)]
+
+    def drops_message(self) -> bool:
+        """Whether the message in hand is lost."""
+        return self._config.drop_message > 0 and self._rng.random() < self._config.drop_message
+
+
+def delay_s(config: ChaosConfig, instance_id: int, step_s: float) -> float:
+    """Seconds that an instance is to idle after a step of `step_s`; the first instance is the slow one."""
+    return (config.slow_instance - 1) * step_s if instance_id == 0 else 0.0
