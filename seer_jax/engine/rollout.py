@@ -135,7 +135,6 @@ class RolloutRunner:
         self.policy_version = policy_version
         self._started = started = time.perf_counter()
         statuses: dict[int, InstanceStatus] = {}
-        self._num_lost = self._num_resumed = 0
         samples, commands, self._samples, self._commands = self._samples, self._commands, [], []
         finish_times = [0.0] * len(samples)
         self._chaos.start(sum(group.group_size for group in groups))
@@ -170,6 +169,7 @@ class RolloutRunner:
             instances_lost=self._num_lost,
             chunks_resumed=self._num_resumed,
         )
+        self._num_lost = self._num_resumed = 0
         weights_update_s = started - updating if params is not None else 0.0
         return RolloutResult(samples=samples, stats=stats, weights_update_s=weights_update_s)
 
