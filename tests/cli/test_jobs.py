@@ -9,7 +9,7 @@ import pytest
 from seer_jax.cli.main import main
 from seer_jax.config.presets import load_config
 from seer_jax.core.driver import RolloutDriver
-from seer_jax.core.eventlog import replay
+from seer_jax.core.eventlog import decode_events, replay
 from seer_jax.core.latency import MeasuredStepTimes
 from seer_jax.core.scheduling import make_policy
 
@@ -59,7 +59,7 @@ def test_rollout_compares_policies_and_leaves_samples_and_a_log_that_replays(
             assert ids.dtype == np.int16 and ids.ndim == 3 and len(ids) == len(sample["token_ids"]) and ids.min() >= 0
     settings = load_config(str(run_dir / "config.yaml")).rollout
     lines = (run_dir / "0-seer" / "events.jsonl").read_text().splitlines()
-    commands = list(replay(lines, RolloutDriver(make_policy("seer", settings))))
+    commands = list(replay(decode_events(lines), RolloutDriver(make_policy("seer", settings))))
     assert type(commands[-1]).__name__ == "IterationDone"
     profile = tmp_path / "profile.json"
     profile.write_text(SOME_TIMES.to_json())
