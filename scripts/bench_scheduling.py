@@ -1,6 +1,6 @@
 """What scheduling costs on the host, and what an order is worth: the real driver over a toy cluster without engines.
 
-    python scripts/bench_scheduling.py --seeds 3 backfill_depth=4 min_chunk_size=64
+    python scripts/bench_scheduling.py --seeds 3 length_estimator=posterior
 
 A running chunk yields one token per time unit whatever runs beside it, and one that reserves no pages needs none. By
 default an iteration of the paper's size (32 instances, 400 groups of 8), lengths an eighth of the paper's, pages for 20

@@ -72,20 +72,11 @@ class RolloutConfig:
     length_estimator: Literal["group_max", "posterior"] = "group_max"
     """What `seer` orders by. `group_max`: the longest finished sibling. `posterior`: a Bayesian estimate from finished
     siblings, from how far the others have got and from the request's own progress; not in the paper."""
-    min_chunk_size: int = 0
-    """`seer` halves a chunk that can start nowhere, down to so many tokens, until it can; 0 = never. Not in the paper;
-    with `prefetch_chunks` chunks queue instead, so lower that too."""
-    backfill_depth: int = 0
-    """When the request chosen by `seer` can start nowhere, so many of those behind it may go first; 0 = it blocks them,
-    as in the paper. Needs `starvation_interval`, and few `prefetch_chunks`."""
     instance_timeout_s: float = 120.0
     """An instance that has work and gives no sign of life for so long is taken for dead, and its requests go on
     elsewhere. More than its longest compilation and its longest step."""
     max_replacements: int = 16
     """Instances that may be started in a run in place of lost ones; 0 = the others do the work."""
-    tail_priority: bool = False
-    """Once nothing waits any more, `seer` gives the longest quarter of an instance's requests the high priority of
-    probes, which draft budgets favour; not in the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)

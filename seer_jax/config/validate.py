@@ -5,7 +5,7 @@ import string
 from pathlib import Path
 
 from seer_jax.config.decode import iterate_settings
-from seer_jax.config.schema import RolloutConfig, RunConfig
+from seer_jax.config.schema import RunConfig
 from seer_jax.core.errors import CapacityError, ConfigError
 
 AT_LEAST = {
@@ -21,8 +21,6 @@ AT_LEAST = {
     "rollout.starvation_interval": 0,
     "rollout.prefetch_chunks": 0,
     "rollout.max_replacements": 0,
-    "rollout.min_chunk_size": 0,
-    "rollout.backfill_depth": 0,
     "engine.max_num_seqs": 1,
     "engine.max_model_len": 2,
     "engine.page_size": 1,
@@ -90,7 +88,6 @@ def validate(config: RunConfig, *, training: bool) -> None:
     """
     _check_ranges(config)
     _check_lengths(config)
-    _check_options(config.rollout)
     _check_run_dir(config.run_dir)
     if training:
         _check_training(config)
@@ -154,15 +151,6 @@ def _check_lengths(config: RunConfig) -> None:
             "pages",
             f"give at least {needed + RESERVED_PAGES}, or lower engine.max_model_len; page 0 is reserved",
         )
-
-
-def _check_options(rollout: RolloutConfig) -> None:
-    if rollout.min_chunk_size > rollout.chunk_size:
-        problem = f"is {rollout.min_chunk_size}, above rollout.chunk_size={rollout.chunk_size}"
-        raise ConfigError("rollout.min_chunk_size", problem, "chunks only get smaller; 0 = never")
-    if rollout.backfill_depth and not rollout.starvation_interval:
-        problem = f"is {rollout.backfill_depth}, but rollout.starvation_interval=0: a request may be passed for ever"
-        raise ConfigError("rollout.backfill_depth", problem, "give starvation_interval a number above 0")
 
 
 def _check_run_dir(template: str) -> None:

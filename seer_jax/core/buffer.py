@@ -44,17 +44,6 @@ class RequestHeap:
             heapq.heappop(self._entries)
         return None
 
-    def peek_many(self, count: int) -> list[RolloutRequest]:
-        """Return the requests with the smallest keys in order, at most `count`, and leave them in; O(count log n)."""
-        entries: list[tuple[_Key, RolloutRequest]] = []
-        while len(entries) < count and (request := self.peek()) is not None:
-            entry = heapq.heappop(self._entries)
-            if not entries or entries[-1][1] is not request:  # Put, discarded and put again: it may be in twice.
-                entries.append(entry)
-        for entry in entries:
-            heapq.heappush(self._entries, entry)
-        return [request for _, request in entries]
-
 
 class RequestBuffer:
     """The unfinished requests of one iteration.
@@ -154,23 +143,6 @@ class RequestBuffer:
         """Return the waiting request that stood first when the iteration was submitted."""
         return self._arrivals.peek()
 
-    def probes_then_longest(self, count: int) -> list[RolloutRequest]:
-        """Return the first requests of Seer's order: probes shortest first, then the others longest first.
-
-        Args:
-            count: How many at most; it costs O(count log n).
-        """
-        probes = self._probes.peek_many(count)
-        if len(probes) == count:
-            return probes
-        # All waiting probes are there, and they are among the longest, too.
-        others = [request for request in self._longest.peek_many(count) if not request.is_probe]
-        return [*probes, *others[: count - len(probes)]]
-
-    def longest_key(self, request: RolloutRequest) -> tuple[int, int, int]:
-        """Return what an unfinished request is ordered by in longest-first order; smaller comes first."""
-        return -self.context.estimate(request), -request.num_generated, request.arrival
-
     def most_underserved(self) -> RolloutRequest | None:
         """Return a request of the group that has had waiting requests and no service for longest.
 
@@ -192,15 +164,19 @@ class RequestBuffer:
         """Return the ids of the groups with waiting requests, the longest without service first."""
         return tuple(self._groups)
 
+    def _longest_key(self, request: RolloutRequest) -> tuple[int, int, int]:
+        """Return what an unfinished request is ordered by in longest-first order; smaller comes first."""
+        return -self.context.estimate(request), -request.num_generated, request.arrival
+
     def _insert(self, request: RolloutRequest) -> None:
         self.waiting[request.request_id] = request
         self._groups.setdefault(request.request_id.group_id, {})[request.request_id] = request
         if request.is_probe:
             self._probes.put(request, (request.num_generated, request.arrival))
-        self._longest.put(request, self.longest_key(request))
+        self._longest.put(request, self._longest_key(request))
         self._arrivals.put(request, (request.arrival,))
 
     def _reorder(self, group_ids: Iterable[int]) -> None:
         for group_id in group_ids:
             for request in self._groups.get(group_id, {}).values():
-                self._longest.put(request, self.longest_key(request))
+                self._longest.put(request, self._longest_key(request))

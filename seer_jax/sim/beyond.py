@@ -31,25 +31,16 @@ ENVELOPE_POINTS = 40
 def options_of(workload: Workload) -> dict[str, dict[str, Any]]:
     """What is compared: settings of `RolloutConfig` and of drafting by name; the letters are those of issue C."""
     half, quarter = workload.chunk_size // 2, workload.chunk_size // 4
-    smallest = max(workload.page_size, workload.chunk_size // 16)
+    posterior = {"length_estimator": "posterior"}
+    trees_quarter = {SPECULATION: "grouped_tree", "chunk_size": quarter}
     return {
-        "a_posterior": {"length_estimator": "posterior"},
+        "a_posterior": posterior,
         "b_half_chunk": {"chunk_size": half},
         "b_quarter_chunk": {"chunk_size": quarter},
-        "b_adaptive_chunk": {"min_chunk_size": smallest},
-        "d_backfill": {"backfill_depth": 32},
-        "e_tail_priority": {"tail_priority": True},
         "e_trees": {SPECULATION: "grouped_tree"},
-        "trees_quarter_chunk": {SPECULATION: "grouped_tree", "chunk_size": quarter},
-        "trees_quarter_adaptive": {SPECULATION: "grouped_tree", "chunk_size": quarter, "min_chunk_size": smallest},
-        "all": {
-            SPECULATION: "grouped_tree",
-            "length_estimator": "posterior",
-            "chunk_size": quarter,
-            "min_chunk_size": smallest,
-            "backfill_depth": 32,
-            "tail_priority": True,
-        },
+        "trees_quarter_chunk": trees_quarter,
+        "posterior_quarter_chunk": posterior | {"chunk_size": quarter},
+        "all": posterior | trees_quarter,
     }
 
 

@@ -39,8 +39,6 @@ def test_a_number_below_its_bound_is_refused_by_name(path):
         ({"train__clip_low": 1.0}, "train.clip_low"),
         ({"sampling__max_tokens": 1024, "engine__max_model_len": 1024}, "sampling.max_tokens"),
         ({"engine__prefill_tile": 257}, "engine.prefill_tile"),
-        ({"rollout__min_chunk_size": 129}, "rollout.min_chunk_size"),
-        ({"rollout__backfill_depth": 1, "rollout__starvation_interval": 0}, "rollout.backfill_depth"),
         ({"run_dir": ""}, "run_dir"),
         ({"run_dir": "runs/{nme}"}, "run_dir"),
         ({"run_dir": "runs/{"}, "run_dir"),

@@ -1,16 +1,14 @@
-"""Small cases by hand: the orders of the baselines, and each option changing just the decision that it should."""
+"""Small cases by hand: the orders of the baselines, and an option is counted when it changes a decision."""
 
 import pytest
 
 from seer_jax.config.schema import RolloutConfig
-from seer_jax.core.buffer import RequestHeap
 from seer_jax.core.commands import StartChunk
 from seer_jax.core.context import OracleEstimator
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.errors import ConfigError
 from seer_jax.core.events import GroupsSubmitted, InstanceJoined
 from seer_jax.core.posterior import PosteriorEstimator
-from seer_jax.core.request import split_groups
 from seer_jax.core.scheduling import (
     ORACLE_NAMES,
     DividedPolicy,
@@ -83,73 +81,6 @@ def test_streamrl_gives_every_bucket_its_share_of_the_instances():
     assert max(work) < 1.3 * min(work)
 
 
-def blocked_driver(policy: SeerPolicy, limits=((8, 12), (4, 12), (4, 4))) -> tuple[RolloutDriver, list[StartChunk]]:
-    """Seven pages of 4; groups of one request, by (prompt, limit): the first starts, the second cannot."""
-    driver = RolloutDriver(policy)
-    driver.handle(InstanceJoined(info=make_info(0, num_total_pages=7, max_num_seqs=4), policy_version=0))
-    groups = tuple(make_group(g, size=1, prompt=p, max_tokens=limit) for g, (p, limit) in enumerate(limits))
-    return driver, driver.handle(GroupsSubmitted(groups=groups, policy_version=0))
-
-
-def describe(starts: list[StartChunk]) -> list[tuple[int, int, int]]:
-    return [(s.chunk.request_id.group_id, s.chunk.max_chunk_tokens, s.chunk.num_reserved_pages) for s in starts]
-
-
-PLAIN = SeerPolicy(chunk_size=12, starvation_interval=0, prefetch_chunks=0)
-
-
-def test_without_options_the_second_blocks_the_third():
-    driver, starts = blocked_driver(PLAIN)
-    assert describe(starts) == [(0, 12, 5)] and dict(driver.firings) == {}
-
-
-def test_backfill_lets_the_next_that_fits_pass():
-    policy = SeerPolicy(chunk_size=12, starvation_interval=9, prefetch_chunks=0, backfill_depth=1)
-    driver, starts = blocked_driver(policy)
-    assert describe(starts) == [(0, 12, 5), (2, 4, 2)] and dict(driver.firings) == {"backfill": 1}
-    assert driver.firings["adaptive_chunk"] == 0, "what never fired counts 0"
-
-
-def test_nobody_passes_the_request_that_the_safeguard_chose():
-    policy = SeerPolicy(chunk_size=12, starvation_interval=2, prefetch_chunks=0, backfill_depth=1)
-    driver, starts = blocked_driver(policy)
-    assert describe(starts) == [(0, 12, 5)] and driver.firings["backfill"] == 0
-
-
-def test_backfill_looks_no_deeper_than_it_is_told():
-    limits = ((8, 12), (4, 12), (4, 12), (4, 4))
-    for depth, expected in ((1, [0]), (2, [0, 3])):
-        policy = SeerPolicy(chunk_size=12, starvation_interval=9, prefetch_chunks=0, backfill_depth=depth)
-        assert [start[0] for start in describe(blocked_driver(policy, limits)[1])] == expected
-
-
-def test_a_chunk_that_fits_nowhere_is_halved_until_it_can_start():
-    policy = SeerPolicy(chunk_size=12, starvation_interval=0, prefetch_chunks=0, min_chunk_size=2)
-    driver, starts = blocked_driver(policy)
-    # 2 pages are left for a prompt of 4: 12 tokens and 6 are too many, 3 fit. Then the third finds no page.
-    assert describe(starts) == [(0, 12, 5), (1, 3, 2)] and dict(driver.firings) == {"adaptive_chunk": 1}
-
-
-def test_no_chunk_gets_smaller_than_the_least():
-    policy = SeerPolicy(chunk_size=12, starvation_interval=0, prefetch_chunks=0, min_chunk_size=5)
-    driver, starts = blocked_driver(policy)
-    assert describe(starts) == [(0, 12, 5)] and dict(driver.firings) == {}
-
-
-def test_in_the_tail_the_longest_at_an_instance_get_the_priority_of_probes():
-    policy = SeerPolicy(chunk_size=2, starvation_interval=0, prefetch_chunks=0, tail_priority=True)
-    driver = RolloutDriver(policy, OracleEstimator({RequestId(0, i): length for i, length in enumerate((4, 6, 12))}))
-    driver.handle(InstanceJoined(info=make_info(0, num_total_pages=99, max_num_seqs=3), policy_version=0))
-    starts = driver.handle(GroupsSubmitted(groups=(make_group(0, size=3),), policy_version=0))
-    assert [(s.chunk.request_id.index, s.chunk.priority) for s in starts] == [(0, 0), (2, 1), (1, 1)]
-    chunks = {s.chunk.request_id.index: s.chunk for s in starts}
-    [start] = driver.handle(finish(0, chunks[2], 12))
-    assert start.chunk.request_id.index == 2 and start.chunk.priority == 0, "nothing else waits, and it is the longest"
-    [start] = driver.handle(finish(0, chunks[1], 6))
-    assert start.chunk.request_id.index == 1 and start.chunk.priority == 1, "another here is longer"
-    assert dict(driver.firings) == {"tail_priority": 1}
-
-
 def test_the_posterior_is_counted_where_its_estimate_is_another():
     driver = RolloutDriver(SeerPolicy(chunk_size=4, starvation_interval=0, prefetch_chunks=0), PosteriorEstimator())
     lengths = LENGTHS | {RequestId(5, 0): 1}
@@ -158,19 +89,6 @@ def test_the_posterior_is_counted_where_its_estimate_is_another():
     assert 0 < driver.firings["posterior"] <= 4, "the chunks of the two that are no probes"
     cluster.run([make_group(5, size=1)])
     assert dict(driver.firings) == {}, "a new iteration counts anew, and a probe is picked by no estimate"
-
-
-def test_the_heap_gives_the_first_few_in_order_without_stale_or_double_entries():
-    requests = split_groups((make_group(0, size=6),))
-    heap = RequestHeap()
-    for request in requests:
-        heap.put(request, (10 - request.arrival, request.arrival))
-    heap.discard(requests[5])
-    heap.put(requests[5], (5, 5))  # In twice, under the same key.
-    heap.discard(requests[4])
-    heap.put(requests[0], (0, 0))
-    assert [r.arrival for r in heap.peek_many(4)] == [0, 5, 3, 2]
-    assert [r.arrival for r in heap.peek_many(9)] == [0, 5, 3, 2, 1]
 
 
 @pytest.mark.parametrize("name", ORACLE_NAMES)
@@ -182,13 +100,9 @@ def test_policies_that_need_the_truth_are_refused_where_nobody_knows_it(name):
     assert make_estimator(name, RolloutConfig(), LENGTHS) == OracleEstimator(LENGTHS)
 
 
-def test_options_reach_policy_and_estimator():
-    config = RolloutConfig(
-        min_chunk_size=3, backfill_depth=2, tail_priority=True, length_estimator="posterior", prefetch_chunks=0
-    )
-    policy = make_policy("seer", config)
-    assert (policy.min_chunk_size, policy.backfill_depth, policy.tail_priority) == (3, 2, True)
+def test_the_estimator_is_the_one_asked_for():
+    config = RolloutConfig(length_estimator="posterior")
     assert make_estimator("seer", config) == PosteriorEstimator()
-    assert switched_on(config) == ("posterior", "adaptive_chunk", "backfill", "tail_priority")
+    assert switched_on(config) == ("posterior",)
     assert switched_on(RolloutConfig()) == ()
     assert make_estimator("divided", config) != PosteriorEstimator(), "it would only cost"

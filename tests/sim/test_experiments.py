@@ -76,10 +76,10 @@ def test_options_beyond_the_paper_are_compared_on_the_same_requests(monkeypatch)
 
 
 def test_an_option_that_never_fires_is_counted_as_such(monkeypatch):
-    monkeypatch.setattr(beyond, "options_of", lambda workload: {"backfill": {"backfill_depth": 4}})
-    # Memory and slots for all: nothing is ever passed.
-    ample = load_workload("moonlight").scaled(SMALL).with_values({"cluster.kv_bytes_per_rank": 4e11})
-    assert compare_options(ample, 5)[1] == {"moonlight:backfill:backfill": 0}
+    monkeypatch.setattr(beyond, "options_of", lambda workload: {"posterior": {"length_estimator": "posterior"}})
+    # Groups of one: every request is a probe, and no probe is picked by an estimate.
+    alone = load_workload("moonlight").scaled(SMALL).with_values({"requests.group_size": 1})
+    assert compare_options(alone, 5)[1] == {"moonlight:posterior:posterior": 0}
 
 
 @pytest.mark.parametrize("name", ["moonlight", pytest.param("kimi_k2", marks=pytest.mark.slow)])
@@ -104,7 +104,6 @@ def test_every_option_is_a_setting_that_differs_from_the_workloads_own(name):
     for option, settings in options_of(workload).items():
         assert with_options(option, settings).policy == "seer"
         assert settings.get("chunk_size") != workload.chunk_size
-        assert settings.get("min_chunk_size", 0) < settings.get("chunk_size", workload.chunk_size)
 
 
 @pytest.mark.parametrize(

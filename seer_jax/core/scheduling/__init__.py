@@ -51,9 +51,6 @@ def make_policy(
                 chunk_size=config.chunk_size,
                 starvation_interval=config.starvation_interval,
                 prefetch_chunks=config.prefetch_chunks,
-                min_chunk_size=config.min_chunk_size,
-                backfill_depth=config.backfill_depth,
-                tail_priority=config.tail_priority,
             )
         case "divided":
             return DividedPolicy(chunk_size=config.chunk_size, prefetch_chunks=config.prefetch_chunks)
@@ -94,10 +91,4 @@ def make_estimator(
 
 def switched_on(config: RolloutConfig) -> tuple[str, ...]:
     """Name the options that are on as `Decision.fired` does; one that is on and never fires had no effect."""
-    options = {
-        "posterior": config.length_estimator == "posterior",
-        "adaptive_chunk": config.min_chunk_size > 0,
-        "backfill": config.backfill_depth > 0,
-        "tail_priority": config.tail_priority,
-    }
-    return tuple(name for name, is_on in options.items() if is_on)
+    return ("posterior",) if config.length_estimator == "posterior" else ()
