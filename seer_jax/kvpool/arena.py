@@ -12,7 +12,15 @@ ALIGN_BYTES = 4096
 
 
 class Slot:
-    """Memory of one block. `users` readers and writers are at it, without the pool's lock; `released` = free it after them."""
+    """Memory of one block.
+
+    Attributes:
+        extents: Start and size of each, multiples of `ALIGN_BYTES`.
+        payload_bytes: Bytes of the block.
+        size_bytes: Bytes of the extents.
+        users: Readers and writers that are at it, without the pool's lock.
+        released: Free it when the last of them is done.
+    """
 
     def __init__(self, extents: list[tuple[int, int]], payload_bytes: int) -> None:
         self.extents, self.payload_bytes = extents, payload_bytes

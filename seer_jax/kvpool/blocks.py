@@ -1,5 +1,6 @@
 """What stands before a block's bytes, on disk and on the wire: enough to know the block and to distrust it."""
 
+import functools
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class BlockHeader:
 
     def describes(self, array: np.ndarray) -> bool:
         """Whether the block has the array's shape and type."""
-        return self.dtype == array.dtype.name and self.shape == array.shape
+        return self.dtype == type_name(array.dtype) and self.shape == array.shape
 
 
 def encode_header(header: BlockHeader) -> bytes:
@@ -54,9 +55,7 @@ def encode_header(header: BlockHeader) -> bytes:
     shape = header.shape + (0,) * (MAX_DIMS - len(header.shape))
     dtype = header.dtype.encode().ljust(MAX_NAME, b"\0")
     sizes = (key.num_tokens, header.priority, header.payload_bytes, header.checksum)
-    fields = _FIELDS.pack(
-        MAGIC, VERSION, len(header.shape), dtype, key.digest, key.parent, key.epoch, *sizes, *shape
-    )
+    fields = _FIELDS.pack(MAGIC, VERSION, len(header.shape), dtype, key.digest, key.parent, key.epoch, *sizes, *shape)
     return fields + _CHECK.pack(xxhash.xxh3_64_intdigest(fields))
 
 
@@ -88,15 +87,25 @@ def decode_header(data: bytes) -> BlockHeader:
     )
 
 
+@functools.cache
+def type_name(dtype: np.dtype) -> str:
+    """Name of an element type; looking it up takes numpy longer than all else that a small block costs.
+
+    Raises:
+        ValueError: If it is not a plain native type, or its name is too long for a header.
+    """
+    if dtype.hasobject or dtype.fields is not None or not dtype.isnative or len(dtype.name) > MAX_NAME:
+        raise ValueError(f"KV blocks are of plain native types, not {dtype}")
+    return dtype.name
+
+
 def bytes_of(array: np.ndarray) -> np.ndarray:
     """The array's own bytes, [nbytes] uint8, not copied.
 
     Raises:
-        ValueError: If the array is not contiguous, or not of a plain native type that a header can name.
+        ValueError: If the array is not contiguous, has too many dimensions, or is not of a type for `type_name`.
     """
-    dtype = array.dtype
-    if dtype.hasobject or dtype.fields is not None or not dtype.isnative or len(dtype.name) > MAX_NAME:
-        raise ValueError(f"KV blocks are of plain native types, not {dtype}")
+    type_name(array.dtype)
     if array.ndim > MAX_DIMS or not array.flags.c_contiguous:
         raise ValueError(f"KV blocks are C-contiguous with at most {MAX_DIMS} dimensions")
     return array.reshape(-1).view(np.uint8)

@@ -10,7 +10,7 @@ import numpy as np
 
 from seer_jax.core.errors import ConfigError, TransferError
 from seer_jax.kvpool.arena import Arena, slot_bytes
-from seer_jax.kvpool.blocks import BlockHeader, bytes_of
+from seer_jax.kvpool.blocks import BlockHeader, bytes_of, type_name
 from seer_jax.kvpool.index import Entry, Index
 from seer_jax.kvpool.keys import BlockKey
 from seer_jax.kvpool.pool import PoolStats, Status
@@ -81,9 +81,7 @@ class EmbeddedKVPool:
         flats = _check(keys, buffers)
         if math.isnan(priority):
             raise ValueError("a priority is a number")
-        return [
-            self._put(key, buffer, flat, priority) for key, buffer, flat in zip(keys, buffers, flats, strict=True)
-        ]
+        return [self._put(key, buffer, flat, priority) for key, buffer, flat in zip(keys, buffers, flats, strict=True)]
 
     def get_blocks(self, keys: Sequence[BlockKey], outs: Sequence[np.ndarray]) -> list[Status]:
         """See `KVPool`."""
@@ -139,7 +137,7 @@ class EmbeddedKVPool:
             )
 
     def flush(self, timeout_s: float = 60.0) -> bool:
-        """Write everything to disk, so that a pool opened on the directory later has it; False if not all of it went."""
+        """Write everything to disk, for a pool opened on the directory later; False if not all of it went in time."""
         index = self._index
         if self._spiller is None:
             return False
@@ -203,7 +201,7 @@ class EmbeddedKVPool:
             index.changed.notify_all()
 
     def _put(self, key: BlockKey, buffer: np.ndarray, flat: np.ndarray, priority: float) -> Status:
-        index, digest = self._index, key.digest
+        index = self._index
         with index.changed:
             entry, status = self._begin_put(key, len(flat), priority)
             if entry is None:
@@ -221,7 +219,7 @@ class EmbeddedKVPool:
                 elif not entry.gone:
                     entry.header = BlockHeader(
                         key=key,
-                        dtype=buffer.dtype.name,
+                        dtype=type_name(buffer.dtype),
                         shape=buffer.shape,
                         priority=priority,
                         payload_bytes=len(flat),

@@ -52,7 +52,7 @@ class Ranks:
 
 
 class VictimQueue:
-    """Blocks that may be taken, least valuable first. Use of a block costs nothing here: ranks are compared when one is asked for."""
+    """Blocks that may be taken, least valuable first. Uses cost nothing here: ranks are compared when one is asked."""
 
     def __init__(self, ranks: Mapping[bytes, Rank] | Ranks) -> None:
         self._ranks = ranks

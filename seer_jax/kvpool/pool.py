@@ -78,7 +78,9 @@ class KVPool(Protocol):
     A key names its content: a key put again keeps the bytes that are there. All methods may be called from any thread.
     """
 
-    def put_blocks(self, keys: Sequence[BlockKey], buffers: Sequence[np.ndarray], *, priority: float = 0.0) -> list[Status]:
+    def put_blocks(
+        self, keys: Sequence[BlockKey], buffers: Sequence[np.ndarray], *, priority: float = 0.0
+    ) -> list[Status]:
         """Copy blocks into the pool; the buffers are free again afterwards.
 
         Args:

@@ -17,7 +17,7 @@ SUFFIX = ".kvseg"
 
 
 class Segment:
-    """One file. `live` maps the offset of each block that counts to its digest; `users` read without the pool's lock."""
+    """One file. `live` has the digest of each block that counts, by offset; `users` read without the pool's lock."""
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path, self.fd = path, fd

@@ -101,7 +101,7 @@ class Spiller:
         index.changed.notify_all()
 
     def _write(self, header: BlockHeader, views: Sequence[np.ndarray]) -> Place | None:
-        """Append a block, making room at the expense of blocks that are worth less; None if the disk will not have it."""
+        """Append a block, making room at the expense of blocks worth less; None if the disk will not have it."""
         needed = HEADER_BYTES + header.payload_bytes
         if not self._make_room(self._limit_bytes - needed, header.key.digest):
             return None

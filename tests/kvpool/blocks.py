@@ -1,5 +1,7 @@
 """Blocks whose bytes follow from their name, so that a wrong byte is seen."""
 
+import functools
+
 import numpy as np
 
 from seer_jax.kvpool import BlockKey, block_key, fingerprint
@@ -11,8 +13,11 @@ def make_key(name: int, epoch: int = 0) -> BlockKey:
     return block_key(None, np.array([name]), epoch=epoch, layout=LAYOUT)
 
 
+@functools.cache
 def make_block(name: int, num_bytes: int = 8192) -> np.ndarray:
-    return np.random.default_rng(name).integers(0, 256, (2, num_bytes // 2), np.uint8)
+    block = np.random.default_rng(name).integers(0, 256, (2, num_bytes // 2), np.uint8)
+    block.flags.writeable = False
+    return block
 
 
 def put(pool, names, num_bytes: int = 8192, epoch: int = 0, priority: float = 0.0):
