@@ -14,12 +14,14 @@ from seer_jax.kvpool.blocks import BlockHeader, bytes_of, type_name
 from seer_jax.kvpool.index import Entry, Index
 from seer_jax.kvpool.keys import BlockKey
 from seer_jax.kvpool.pool import PoolStats, Status
-from seer_jax.kvpool.segments import SegmentFiles, read_place
+from seer_jax.kvpool.segments import Place, SegmentFiles, read_place
 from seer_jax.kvpool.spill import Spiller
 
 DIRTY_SHARE = 0.75
 """Share of DRAM that may hold blocks which are not on disk before they are written there without need."""
 MIN_SEGMENT_BYTES = 64 << 10
+FORGOTTEN_AT_ONCE = 256
+"""Blocks dropped under one hold of the lock, so that others get in between."""
 
 
 class EmbeddedKVPool:
@@ -65,8 +67,12 @@ class EmbeddedKVPool:
             files = SegmentFiles(Path(directory), segment_bytes)
         self._index = Index(Arena(max_dram_bytes), files)
         if files is not None:
-            for header, place in files.recover(max_disk_bytes):
-                self._adopt(header, place)
+            try:
+                for header, place in files.recover(max_disk_bytes - segment_bytes):
+                    self._adopt(header, place)
+            except BaseException:
+                files.close()
+                raise
             self._spiller = Spiller(
                 self._index,
                 files,
@@ -107,7 +113,6 @@ class EmbeddedKVPool:
         with self._index.changed:
             for key in keys:
                 self._index.unpin(key.digest)
-            self._index.unstick()
             self._index.changed.notify_all()
 
     def drop(self, keys: Sequence[BlockKey]) -> None:
@@ -119,6 +124,9 @@ class EmbeddedKVPool:
         with self._index.changed:
             old = [digest for digest, entry in self._index.entries.items() if entry.key.epoch < epoch]
         self._forget(old)
+        with self._index.changed:
+            self._index.unstick()
+            self._index.changed.notify_all()
         return len(old)
 
     def stats(self) -> PoolStats:
@@ -145,7 +153,9 @@ class EmbeddedKVPool:
             index.unstick()
             self._spiller.num_waiting += 1
             index.changed.notify_all()
-            index.changed.wait_for(lambda: not (len(index.dirty) or index.num_spilling) or index.closed, timeout_s)
+            index.changed.wait_for(
+                lambda: not index.can_spill or not (len(index.dirty) or index.num_spilling), timeout_s
+            )
             self._spiller.num_waiting -= 1
             return not index.dirty_bytes
 
@@ -179,7 +189,7 @@ class EmbeddedKVPool:
                 os.pwrite(fd, bytes([os.pread(fd, 1, offset)[0] ^ 1 << bit % 8]), offset)
             return True
 
-    def _adopt(self, header: BlockHeader, place) -> None:
+    def _adopt(self, header: BlockHeader, place: Place) -> None:
         index, digest = self._index, header.key.digest
         if digest in index.entries:
             return
@@ -193,12 +203,11 @@ class EmbeddedKVPool:
 
     def _forget(self, digests: Sequence[bytes]) -> None:
         index = self._index
-        with index.changed:
-            for digest in digests:
-                if digest in index.entries:
-                    index.remove(index.entries[digest])
-            index.unstick()
-            index.changed.notify_all()
+        for first in range(0, len(digests), FORGOTTEN_AT_ONCE):
+            with index.changed:
+                for digest in digests[first : first + FORGOTTEN_AT_ONCE]:
+                    if digest in index.entries:
+                        index.remove(index.entries[digest])
 
     def _put(self, key: BlockKey, buffer: np.ndarray, flat: np.ndarray, priority: float) -> Status:
         index = self._index
@@ -234,7 +243,7 @@ class EmbeddedKVPool:
         """Take memory for a block and its name, waiting if need be; no entry if there is nothing to copy."""
         index, digest = self._index, key.digest
         deadline = time.monotonic() + self._put_timeout_s
-        retried = False
+        retried: Entry | None = None
         while True:
             entry = index.entries.get(digest)
             if entry is not None and entry.header is not None:
@@ -247,10 +256,10 @@ class EmbeddedKVPool:
                 if slot is not None:
                     break
                 if not index.may_get_memory():
-                    if retried or not index.stuck:
+                    may_retry = retried is None or retried.place is not None
+                    retried = index.unstick_pinned() if may_retry else None
+                    if retried is None:
                         return None, self._refuse(Status.NO_SPACE)
-                    retried = True
-                    index.unstick()
             if not self._wait(deadline):
                 return None, self._refuse(Status.TIMEOUT)
         entry = Entry(key)

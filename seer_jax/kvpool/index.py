@@ -33,7 +33,8 @@ class Index:
         dirty: Blocks in DRAM only, which can be spilled or, without a disk, evicted.
         clean: Blocks in DRAM and on disk, whose memory is free for the taking.
         on_disk: Blocks on disk that are not pinned.
-        stuck: Pinned blocks that the disk would not take; tried again when something changed.
+        refused: Blocks in DRAM that the disk would not take and that are not pinned.
+        can_spill: Whether there is a disk, and a thread that writes to it.
         dirty_bytes: Memory of blocks in DRAM only.
         pending_bytes: Memory that is free as soon as its last reader is done.
         num_filling: Blocks being copied in.
@@ -46,8 +47,8 @@ class Index:
         self.arena, self.files = arena, files
         self.entries: dict[bytes, Entry] = {}
         self.ranks = Ranks()
-        self.dirty, self.clean, self.on_disk = (VictimQueue(self.ranks) for _ in range(3))
-        self.stuck: list[Entry] = []
+        self.dirty, self.clean, self.on_disk, self.refused = (VictimQueue(self.ranks) for _ in range(4))
+        self.can_spill = files is not None
         self.pins: Counter[bytes] = Counter()
         self.dirty_bytes = self.pending_bytes = self.num_filling = self.num_spilling = 0
         self.counts: Counter[str] = Counter()
@@ -65,11 +66,12 @@ class Index:
         dirty_bytes = entry.slot.size_bytes if is_dirty else 0
         self.dirty_bytes += dirty_bytes - entry.dirty_bytes
         entry.dirty_bytes = dirty_bytes
-        can_leave = self.files is not None or not pinned
+        can_leave = self.can_spill or not pinned
         for queue, belongs in (
             (self.dirty, is_dirty and can_leave and not entry.spilling and not entry.stuck),
             (self.clean, in_dram and is_on_disk),
             (self.on_disk, is_on_disk and not pinned),
+            (self.refused, is_dirty and entry.stuck and not pinned),
         ):
             if belongs:
                 queue.add(digest)
@@ -111,7 +113,7 @@ class Index:
             self.changed.notify_all()
 
     def take_memory(self, payload_bytes: int, priority: float) -> Slot | None:
-        """Allocate, at the expense of clean blocks and, without a disk, of blocks worth no more; None = not now."""
+        """Allocate, at the expense of clean blocks, then of those worth no more that no disk takes; None = not now."""
         while (slot := self.arena.allocate(payload_bytes)) is None:
             if self.pending_bytes and self.arena.free_bytes + self.pending_bytes >= slot_bytes(payload_bytes):
                 return None
@@ -119,8 +121,8 @@ class Index:
             if digest is not None:
                 self.release_slot(self.entries[digest])
                 continue
-            digest = self.dirty.peek()
-            if self.files is not None or digest is None or self.ranks[digest][0] > priority:
+            digest = (self.refused if self.can_spill else self.dirty).peek()
+            if digest is None or self.ranks[digest][0] > priority:
                 return None
             self.remove(self.entries[digest])
             self.counts["num_evicted"] += 1
@@ -128,15 +130,33 @@ class Index:
 
     def may_get_memory(self) -> bool:
         """Whether waiting can help a put that found no memory."""
-        can_spill = self.files is not None and (len(self.dirty) or self.num_spilling)
-        return bool(self.pending_bytes or self.num_filling or can_spill)
+        will_spill = self.can_spill and (len(self.dirty) or self.num_spilling)
+        return bool(self.pending_bytes or self.num_filling or will_spill)
 
     def unstick(self) -> None:
-        """Try again to spill what could not be."""
-        for entry in self.stuck:
+        """Let everything that the disk refused be tried again."""
+        for entry in self.entries.values():
+            if entry.stuck:
+                entry.stuck = False
+                self.requeue(entry)
+
+    def unstick_pinned(self) -> Entry | None:
+        """Let one pinned block that the disk refused be tried again; None if there is none."""
+        for digest in self.pins:
+            entry = self.entries.get(digest)
+            if entry is not None and entry.stuck:
+                entry.stuck = False
+                self.requeue(entry)
+                return entry
+        return None
+
+    def stop_spilling(self) -> None:
+        """The thread that writes has ended: go on with DRAM and what is on disk already."""
+        self.can_spill = False
+        for entry in self.entries.values():
             entry.stuck = False
             self.requeue(entry)
-        self.stuck.clear()
+        self.changed.notify_all()
 
     def pin(self, digest: bytes) -> None:
         """Count a pin."""
@@ -165,8 +185,7 @@ class Index:
             entry.gone = True
         self.entries.clear()
         self.pins.clear()
-        self.stuck.clear()
         self.ranks = Ranks()
-        self.dirty, self.clean, self.on_disk = (VictimQueue(self.ranks) for _ in range(3))
+        self.dirty, self.clean, self.on_disk, self.refused = (VictimQueue(self.ranks) for _ in range(4))
         self.dirty_bytes = 0
         self.arena = Arena(0)

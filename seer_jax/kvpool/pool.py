@@ -39,7 +39,7 @@ class PoolStats:
         num_hits: Blocks returned.
         num_misses: Blocks asked for that were not there.
         num_corrupt: Blocks found damaged, or asked for with another shape or type.
-        num_evicted: Blocks thrown out for others, or because the disk would not take them.
+        num_evicted: Blocks thrown out for others, or lost to a disk that would not take them.
         num_refused: Puts that ended in NO_SPACE.
         num_timeouts: Puts that ended in TIMEOUT.
         num_spilled: Blocks written to disk, moves between files included.

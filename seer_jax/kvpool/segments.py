@@ -72,7 +72,7 @@ class SegmentFiles:
         Yields:
             Header and place of each valid block; the caller keeps or ignores it.
         """
-        paths = sorted(self._directory.glob("*" + SUFFIX))
+        paths = sorted(path for path in self._directory.glob("*" + SUFFIX) if path.stem.isdigit())
         excess = sum(path.stat().st_size for path in paths) - max_bytes
         for path in paths:
             self._next_index = int(path.stem) + 1

@@ -17,6 +17,8 @@ from seer_jax.kvpool.segments import Place, Segment, SegmentFiles, read_place
 
 PINNED: Rank = (math.inf, math.inf, 0)
 """Anything that is not pinned goes before a pinned block."""
+MOST_LIVE = 0.875
+"""A file that lives more than this is never moved: too much writing for too little room."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -47,6 +49,13 @@ class Spiller:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._run_until_closed()
+        finally:  # A bug here must cost blocks, not make every put wait.
+            with self._index.changed:
+                self._index.stop_spilling()
+
+    def _run_until_closed(self) -> None:
         index = self._index
         while True:
             with index.changed:
@@ -89,14 +98,8 @@ class Spiller:
                 self._files.kill(place)
             else:
                 entry.place = place
-        elif entry.gone:
-            pass  # Dropped meanwhile.
-        elif index.pins[entry.key.digest]:
-            entry.stuck = True
-            index.stuck.append(entry)
         else:
-            index.counts["num_evicted"] += 1
-            index.remove(entry)
+            entry.stuck = True  # It stays in DRAM until a put needs the memory.
         index.requeue(entry)
         index.changed.notify_all()
 
@@ -129,6 +132,7 @@ class Spiller:
         """Delete files until the rest is `most_bytes`, for a block that is worth more than what is evicted on the way.
 
         Blocks are evicted in order of their value until some file is mostly dead; what lives of that one is moved.
+        When there is nothing to evict, files with less dead in them are worth moving too.
         """
         index, files = self._index, self._files
         while files.total_bytes > most_bytes:
@@ -139,11 +143,12 @@ class Spiller:
                 if 2 * segment.live_bytes > segment.size_bytes:
                     victim = index.on_disk.peek()
                     rank = PINNED if index.pins[digest] or digest not in index.ranks else index.ranks[digest]
-                    if victim is None or index.ranks[victim] >= rank:
+                    if victim is not None and index.ranks[victim] < rank:
+                        index.counts["num_evicted"] += 1
+                        index.remove(index.entries[victim])
+                        continue
+                    if segment.live_bytes > MOST_LIVE * segment.size_bytes:
                         return False
-                    index.counts["num_evicted"] += 1
-                    index.remove(index.entries[victim])
-                    continue
             if not (self._move_out(segment) and self._delete(segment)):
                 return False
         return most_bytes >= 0

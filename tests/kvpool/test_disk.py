@@ -10,6 +10,7 @@ import pytest
 from seer_jax.core.errors import ConfigError
 from seer_jax.kvpool import EmbeddedKVPool, Status, segments
 from seer_jax.kvpool.blocks import HEADER_BYTES
+from seer_jax.kvpool.spill import Spiller
 from tests.kvpool.blocks import get, make_key, put
 
 HIT, MISS, STORED, CORRUPT = Status.HIT, Status.MISS, Status.STORED, Status.CORRUPT
@@ -185,6 +186,47 @@ def test_a_put_waits_for_a_slow_disk_and_gives_up_in_time(tmp_path, monkeypatch)
     assert put(pool, [5]) == [STORED]
     assert get(pool, [*range(4), 5]) == [HIT] * 5
     assert pool.stats().put_wait_s > 0.3
+    pool.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_in_the_writing_thread_leaves_a_pool_of_dram_and_what_is_on_disk(tmp_path, monkeypatch):
+    pool = open_pool(tmp_path, put_timeout_s=5.0)
+    put(pool, range(8))
+    assert pool.flush()
+    monkeypatch.setattr(Spiller, "_write", lambda self, header, views: 1 / 0)
+    pool.pin([make_key(20)])
+    assert put(pool, range(20, 60)) == [STORED] * 40
+    assert get(pool, [*range(4), 20, 59]) == [HIT] * 6
+    assert not pool.flush()
+    assert pool.stats().num_timeouts == 0
+    pool.close()
+
+
+def test_a_flush_to_a_full_disk_loses_nothing_of_dram(tmp_path, monkeypatch):
+    pool = open_pool(tmp_path, dram_blocks=8)
+
+    def refuse(fd, data, offset):
+        raise OSError(errno.ENOSPC, "refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segments.os, "pwrite", refuse)
+        put(pool, range(8))
+        assert not pool.flush()
+        assert get(pool, range(8)) == [HIT] * 8
+    assert pool.flush()
+    pool.close()
+
+
+def test_pinned_blocks_can_fill_most_of_the_disk(tmp_path):
+    pool = open_pool(tmp_path, dram_blocks=1, max_disk_bytes=36 * RECORD)
+    # Pinned and other blocks take turns, so that no file is ever mostly dead.
+    pool.pin([make_key(name) for name in range(0, 60, 2)])
+    statuses = put(pool, range(60))
+    pinned = [name for name in range(0, 60, 2) if statuses[name] is STORED]
+    assert len(pinned) > 26
+    assert get(pool, pinned) == [HIT] * len(pinned)
+    assert pool.stats().disk_bytes <= 36 * RECORD
     pool.close()
 
 
