@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -141,6 +142,7 @@ def test_a_disk_that_refuses_costs_blocks_but_raises_nothing(tmp_path, monkeypat
     assert get(pool, [139]) == [HIT]
     assert pool.stats().num_evicted > 0
     assert pool.stats().num_disk_errors > 0
+    assert sum(file.stat().st_size for file in files_in(tmp_path)) == pool.stats().disk_bytes
     monkeypatch.undo()
     assert put(pool, range(200, 220)) == [STORED] * 20
     assert get(pool, range(200, 220)) == [HIT] * 20
@@ -167,6 +169,70 @@ def test_pinned_blocks_outlive_a_disk_that_refuses(tmp_path, monkeypatch):
     assert put(pool, [10]) == [STORED]
     assert get(pool, [*range(4), 10]) == [HIT] * 5
     pool.close()
+
+
+def test_a_full_disk_keeps_what_is_worth_more_than_what_comes(tmp_path):
+    pool = open_pool(tmp_path, max_disk_bytes=24 * RECORD)
+    assert put(pool, range(20), priority=1.0) == [STORED] * 20
+    assert pool.flush()
+    put(pool, range(100, 160))
+    assert get(pool, range(20)) == [HIT] * 20
+    pool.close()
+
+
+def test_a_block_can_be_read_while_its_file_is_deleted(tmp_path, monkeypatch):
+    pool = open_pool(tmp_path, dram_blocks=1)
+    put(pool, range(3))
+    num_open = len(os.listdir("/proc/self/fd"))
+    started, gate, real = threading.Event(), threading.Event(), os.preadv
+
+    def slow(fd, buffers, offset):
+        started.set()
+        gate.wait()
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(segments.os, "preadv", slow)
+    statuses = []
+    reader = threading.Thread(target=lambda: statuses.extend(get(pool, [0])))
+    reader.start()
+    started.wait()
+    pool.drop([make_key(name) for name in range(3)])
+    wait_until(lambda: pool.stats().disk_bytes == 0 and not files_in(tmp_path))
+    gate.set()
+    reader.join()
+    assert statuses == [HIT]
+    assert len(os.listdir("/proc/self/fd")) == num_open - 1
+    pool.close()
+
+
+def test_a_block_dropped_while_it_is_written_leaves_nothing(tmp_path, monkeypatch):
+    pool = open_pool(tmp_path)
+    started, gate, real = threading.Event(), threading.Event(), os.pwrite
+
+    def slow(fd, data, offset):
+        started.set()
+        gate.wait()
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(segments.os, "pwrite", slow)
+    put(pool, range(4))
+    started.wait()
+    pool.drop([make_key(name) for name in range(4)])
+    put(pool, [0])
+    gate.set()
+    assert pool.flush()
+    assert get(pool, range(4)) == [HIT] + [MISS] * 3
+    pool.drop([make_key(0)])
+    wait_until(lambda: pool.stats().disk_bytes == 0)
+    assert pool.stats().dram_bytes == 0
+    pool.close()
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_a_put_waits_for_a_slow_disk_and_gives_up_in_time(tmp_path, monkeypatch):
