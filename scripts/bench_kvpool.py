@@ -20,6 +20,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -34,7 +35,14 @@ MOVED_TOKENS = (1024, 4096, 16_384, 32_768)
 CAPACITIES = (1000, 3000, 10_000, 30_000, 100_000)
 TRACE = Path("../shared/data/mooncake_conversation_trace.jsonl.gz")
 
-Timed = Callable[[int], None]
+Timed = Callable[[int], object]
+
+
+class Timing(NamedTuple):
+    """Seconds of each call, and of what had to be waited for after the last; both count for the rate."""
+
+    calls: list[float]
+    after: float
 
 
 def main() -> None:
@@ -111,7 +119,7 @@ def bench_disk(size: int, rounds: int, directory: Path) -> dict[str, float]:
     path = directory / "raw"
     raw = os.open(path, os.O_RDWR | os.O_CREAT)
     num_read = len(keys) - dram_blocks  # The last ones are still in DRAM.
-    rows: list[dict[str, list[float]]] = []
+    rows: list[dict[str, Timing]] = []
 
     def start_round() -> None:
         pool.drop(keys)
@@ -119,8 +127,12 @@ def bench_disk(size: int, rounds: int, directory: Path) -> dict[str, float]:
 
     def put(index: int) -> None:
         expect(pool.put_blocks([keys[index]], [sources[index % len(sources)]]))
-        if index == len(keys) - 1:
-            assert pool.flush()
+
+    def read(index: int) -> None:
+        expect(pool.get_blocks([keys[index]], [out]))
+
+    def write_raw(index: int) -> None:
+        write_all(raw, sources[index % len(sources)], index * size)
 
     def go_cold() -> None:
         for name in (path, *files.glob("*.kvseg")):
@@ -131,17 +143,13 @@ def bench_disk(size: int, rounds: int, directory: Path) -> dict[str, float]:
 
     for _ in range(rounds + 1):
         start_round()
-        row = time_each("put", put, len(keys), size)
-        row |= time_each(
-            "file_write", lambda index: write_all(raw, sources[index % len(sources)], index * size), len(keys), size
-        )
+        row = time_each("put", put, len(keys), finish=pool.flush)
+        row |= time_each("file_write", write_raw, len(keys))
         for suffix in ("", "_cold"):
             if suffix:
                 go_cold()
-            row |= time_each(
-                "get" + suffix, lambda index: expect(pool.get_blocks([keys[index]], [out])), num_read, size
-            )
-            row |= time_each("file_read" + suffix, lambda index: os.preadv(raw, [out], index * size), num_read, size)
+            row |= time_each("get" + suffix, read, num_read)
+            row |= time_each("file_read" + suffix, lambda index: os.preadv(raw, [out], index * size), num_read)
         rows.append(row)
     pool.close()
     os.close(raw)
@@ -176,32 +184,37 @@ def alternate(
     operations: dict[str, Timed], count: int, size: int, rounds: int, start_round: Callable[[], None]
 ) -> dict[str, float]:
     """Run all operations on all blocks, round after round; the first round warms up."""
-    rows: list[dict[str, list[float]]] = []
+    rows: list[dict[str, Timing]] = []
     for _ in range(rounds + 1):
         start_round()
         rows.append({})
         for name, operation in operations.items():
-            rows[-1] |= time_each(name, operation, count, size)
+            rows[-1] |= time_each(name, operation, count)
     return summarise(rows, size)
 
 
-def time_each(name: str, operation: Timed, count: int, size: int) -> dict[str, list[float]]:
-    """Seconds of each call."""
+def time_each(name: str, operation: Timed, count: int, finish: Callable[[], object] | None = None) -> dict[str, Timing]:
+    """Seconds of each call, and of `finish`."""
     seconds = []
     for index in range(count):
         started = time.perf_counter()
         operation(index)
         seconds.append(time.perf_counter() - started)
-    return {name: seconds}
+    started = time.perf_counter()
+    if finish is not None:
+        finish()
+    return {name: Timing(seconds, time.perf_counter() - started)}
 
 
-def summarise(rows: list[dict[str, list[float]]], size: int) -> dict[str, float]:
+def summarise(rows: list[dict[str, Timing]], size: int) -> dict[str, float]:
     """Rates of every round but the first, and p99 over all of them."""
     result: dict[str, float] = {"block_bytes": size}
     for name in rows[0]:
         kept = [row[name] for row in rows[1:]]
-        result[f"{name}_gb_per_s"] = [size * len(seconds) / sum(seconds) / 1e9 for seconds in kept]
-        result[f"{name}_p99_ms"] = round(float(np.percentile(np.concatenate(kept), 99)) * 1e3, 3)
+        result[f"{name}_gb_per_s"] = [size * len(each.calls) / (sum(each.calls) + each.after) / 1e9 for each in kept]
+        result[f"{name}_p99_ms"] = round(
+            float(np.percentile(np.concatenate([each.calls for each in kept]), 99)) * 1e3, 3
+        )
     return result
 
 
