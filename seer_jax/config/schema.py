@@ -195,6 +195,18 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KVPoolConfig:
+    """Where the KV of paused requests goes when others need their pages; each instance has its own."""
+
+    dram_mib: int = 4096
+    """Host memory of an instance, in MiB."""
+    disk_mib: int = 0
+    """Disk space of an instance beyond that, in MiB; 0 = none."""
+    directory: str | None = None
+    """Where its files go, best on a local SSD; an earlier run's are deleted."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChaosConfig:
     """Faults on purpose, to see that a rollout survives them with the same tokens."""
 
@@ -202,6 +214,10 @@ class ChaosConfig:
     """Instances killed at random moments of a rollout."""
     drop_message: float = 0.0
     """Share of the messages between controller and instances that get lost, with `runtime: ray`."""
+    corrupt_block: int = 0
+    """KV blocks that are damaged in the pool of each instance, the first ones put there."""
+    fill_disk: bool = False
+    """Let the KV pools find their disk full."""
     slow_instance: float = 1.0
     """How many times as long the first instance takes for its steps."""
     seed: int = 0
@@ -222,6 +238,7 @@ class RunConfig:
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    kvpool: KVPoolConfig = field(default_factory=KVPoolConfig)
     chaos: ChaosConfig = field(default_factory=ChaosConfig)
     run_dir: str = "runs/{name}-{time}"
     """Where metrics, configuration and checkpoints go; `{name}` is the preset, `{time}` the start."""

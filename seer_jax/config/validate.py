@@ -35,7 +35,10 @@ AT_LEAST = {
     "speculation.verify_tile": 1,
     "speculation.draft_servers": 0,
     "speculation.memory_tokens": 0,
+    "kvpool.dram_mib": 0,
+    "kvpool.disk_mib": 0,
     "chaos.kill_instance": 0,
+    "chaos.corrupt_block": 0,
     "chaos.drop_message": 0,
     "chaos.slow_instance": 1,
     "chaos.seed": 0,
@@ -109,6 +112,10 @@ def _check_ranges(config: RunConfig) -> None:
         raise ConfigError("chaos.drop_message", problem, f"a share of at most {MAX_DROP_SHARE}")
     if config.chaos.drop_message and config.rollout.runtime == "local":
         raise ConfigError("chaos.drop_message", "there are no messages with --runtime local", "use --runtime ray")
+    if config.kvpool.disk_mib and config.kvpool.directory is None:
+        raise ConfigError("kvpool.directory", f"is null, but kvpool.disk_mib={config.kvpool.disk_mib}", "name one")
+    if config.chaos.fill_disk and not config.kvpool.disk_mib:
+        raise ConfigError("chaos.fill_disk", "there is no disk to fill", "give --kvpool.disk-mib and .directory")
     if config.sampling.top_p > 1:
         raise ConfigError("sampling.top_p", f"is {config.sampling.top_p}", "give a share in (0, 1]; 1 keeps all")
     if config.speculation.min_probability >= 1:

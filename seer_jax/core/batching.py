@@ -15,15 +15,15 @@ import numpy as np
 from seer_jax.core.errors import ProtocolError
 from seer_jax.core.kv.page_pool import PagePool
 from seer_jax.core.sequence import NewTokens, Sequence
-from seer_jax.core.types import InstanceInfo, InstanceStatus, RequestChunk, RequestId
+from seer_jax.core.types import InstanceInfo, InstanceStatus, RequestChunk, RequestId, TokenIds
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParkedKV:
-    """Pages that a paused request left on the instance, for its next chunk; the first `num_tokens` tokens' KV."""
+    """Pages that a paused request left on the instance, for its next chunk: the KV of its first tokens."""
 
     pages: list[int]
-    num_tokens: int
+    token_ids: TokenIds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class BatchPlanner:
             self.waiting.pop(0)
             if parked:
                 sequence.pages = parked.pages
-                sequence.note_kv(parked.num_tokens)
+                sequence.note_kv(len(parked.token_ids))
             sequence.pages += self.pool.allocate(num_missing)
             self.running.append(sequence)
             admitted.append(sequence)
@@ -188,7 +188,9 @@ class BatchPlanner:
         self._retire(sequence)
         used = self.pool.pages_for(sequence.num_computed)
         kept, sequence.pages = sequence.pages[:used], sequence.pages[used:]
-        self.parked[sequence.chunk.request_id] = ParkedKV(pages=kept, num_tokens=sequence.num_computed)
+        self.parked[sequence.chunk.request_id] = ParkedKV(
+            pages=kept, token_ids=sequence.token_ids[: sequence.num_computed]
+        )
         self._free(sequence)
 
     def unpark(self, request_id: RequestId) -> ParkedKV | None:

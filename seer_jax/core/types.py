@@ -135,6 +135,10 @@ class InstanceStatus:
         num_accepted_tokens: Tokens emitted by verification beyond the one that a plain step emits.
         num_verified: Drafts verified, one per sequence and step, empty ones included.
         num_free_pages: Pages that a chunk could get; those of paused requests' KV are among them.
+        num_corrupt_blocks: KV blocks that came damaged out of the pool.
+        num_lost_blocks: KV blocks that the pool had no room for, or gave up for others.
+        num_spilled_bytes: KV that the pool wrote to disk.
+        kv_wait_s: Time the engine waited for KV from the pool.
     """
 
     instance_id: int
@@ -159,6 +163,10 @@ class InstanceStatus:
     num_accepted_tokens: int = 0
     num_verified: int = 0
     max_kv_utilization: float = 0.0
+    num_corrupt_blocks: int = 0
+    num_lost_blocks: int = 0
+    num_spilled_bytes: int = 0
+    kv_wait_s: float = 0.0
     policy_version: int = 0
 
 

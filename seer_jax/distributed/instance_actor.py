@@ -80,7 +80,7 @@ class InstanceActor:
         from seer_jax.distributed.draft_sync import DraftSync
         from seer_jax.engine.factory import build_engine
 
-        self._engine = build_engine(config, model_config, params, instance_id=instance_id)
+        self._engine = build_engine(config, model_config, params, instance_id=instance_id, place=place)
         self._peers: Mapping[int, Any] = {}
         self._inbox: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
         self._happened: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -118,7 +118,7 @@ class InstanceActor:
 
     def take_kv(self, request_id: RequestId) -> Any:
         """See `Engine.take_kv`; called by the instance where the request goes on."""
-        return self._run_between_steps(partial(self._engine.take_kv, request_id))
+        return self._run_between_steps(partial(self._engine.begin_take_kv, request_id))()
 
     def send(self, batches: Batches) -> None:
         """Queue chunks; the engine runs on meanwhile."""

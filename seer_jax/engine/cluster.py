@@ -10,9 +10,7 @@ from seer_jax.core.chaos import delay_s
 from seer_jax.core.draft.server import DraftServer
 from seer_jax.core.events import Event, InstanceJoined, InstanceLost, InstanceReport
 from seer_jax.core.types import InstanceInfo, RequestChunk
-from seer_jax.engine.engine import NO_SPECULATION, Engine
-
-NO_CHAOS = ChaosConfig()
+from seer_jax.engine.engine import NO_CHAOS, NO_SPECULATION, Engine
 
 
 @runtime_checkable
@@ -128,6 +126,7 @@ class LocalCluster:
     def kill(self, instance_id: int) -> None:
         """See `Cluster`."""
         dead, place = self._engines.pop(instance_id), self._places[instance_id]
+        dead.close()
         self._pending.append(InstanceLost(instance_id=instance_id))
         if self._build is None:
             return
@@ -143,4 +142,6 @@ class LocalCluster:
 
     def close(self) -> None:
         """Drop the engines."""
+        for engine in self._engines.values():
+            engine.close()
         self._engines.clear()

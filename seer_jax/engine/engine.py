@@ -1,7 +1,7 @@
 """One inference engine: continuous batching over a paged latent KV cache on one mesh."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -11,23 +11,26 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.mla_attention import pad_row_width
-from seer_jax.config.schema import EngineConfig, SpeculationConfig
-from seer_jax.core.batching import BatchPlanner, ParkedKV, StepPlan
+from seer_jax.config.schema import ChaosConfig, EngineConfig, SpeculationConfig
+from seer_jax.core.batching import BatchPlanner, StepPlan
 from seer_jax.core.draft.speculator import Proposal, Speculator
-from seer_jax.core.errors import ProtocolError, TransferError
+from seer_jax.core.errors import ProtocolError
 from seer_jax.core.events import ChunkFinished
 from seer_jax.core.packing import Run, draft_runs, pack, plan_runs, unpack_outputs
 from seer_jax.core.sequence import NewTokens, Sequence
 from seer_jax.core.step_shapes import StepBuckets, StepShape, truncates
 from seer_jax.core.types import InstanceInfo, InstanceStatus, KVHandle, RequestChunk, RequestId
 from seer_jax.engine.kv_transfer import HostKV, KVTransfer
+from seer_jax.engine.paused_kv import PausedKV
 from seer_jax.engine.step import make_step
 from seer_jax.engine.step_times import StepPrograms, get_step_times
+from seer_jax.kvpool import EmbeddedKVPool, KVPool, fingerprint
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import decoder_specs
 from seer_jax.sharding import shardings_for
 
-NO_SPECULATION = SpeculationConfig()
+NO_SPECULATION, NO_CHAOS = SpeculationConfig(), ChaosConfig()
+DEFAULT_POOL_BYTES = 1 << 30
 EXPIRY_INTERVAL_S = 1.0
 """How often groups that ran out of time are looked for."""
 CPU_VERIFY_TILE, VERIFY_TILE = 1, 4
@@ -50,6 +53,8 @@ class Engine:
         instance_id: int = 0,
         policy_version: int = 0,
         mesh: Mesh | None = None,
+        kv_pool: KVPool | None = None,
+        chaos: ChaosConfig = NO_CHAOS,
     ) -> None:
         """Place the weights and allocate the caches.
 
@@ -61,6 +66,9 @@ class Engine:
             instance_id: Name of this instance in events.
             policy_version: Version of `params`.
             mesh: Devices of this instance; None = the default device.
+            kv_pool: Where the KV of paused requests goes whose pages are needed; None = memory of this process. Closed
+                by `close`.
+            chaos: Faults.
 
         Raises:
             ConfigError: If the model does not divide over the mesh, or has no experts whose ids could be returned.
@@ -84,7 +92,6 @@ class Engine:
             max_steps_per_dispatch=config.max_steps_per_dispatch,
         )
         self._transfer = KVTransfer(self.buckets.max_pages)
-        self._saved_kv: dict[RequestId, HostKV] = {}
         dtype = params["embed"].dtype
         if mesh is None or mesh.size == 1:
             device = None if mesh is None else mesh.devices.item()
@@ -99,6 +106,11 @@ class Engine:
         self._caches = [
             jnp.zeros(cache_shape, dtype, device=cache_sharding) for _ in range(model_config.num_hidden_layers)
         ]
+        layout = fingerprint(
+            model=repr(model_config), dtype=dtype.name, layers=len(self._caches), page=config.page_size, row=row_width
+        )
+        pool = kv_pool or EmbeddedKVPool(DEFAULT_POOL_BYTES)
+        self._paused_kv = PausedKV(self._planner, self._transfer, pool, layout, chaos)
         self._next_expiry = 0.0
         self._reset_measurements()
 
@@ -114,11 +126,16 @@ class Engine:
                 f"the instance has {self.policy_version}"
             )
         self._planner.add(chunk)
+        if chunk.kv is not None:
+            self._paused_kv.prefetch(chunk.request_id)
+
+    def begin_take_kv(self, request_id: RequestId) -> Callable[[], HostKV | None]:
+        """Give up the KV of a request that paused here and goes on at another instance; see `PausedKV.begin_take`."""
+        return self._paused_kv.begin_take(request_id, self._caches, self.policy_version)
 
     def take_kv(self, request_id: RequestId) -> HostKV | None:
-        """Hand over the KV of a request that paused here and goes on at another instance; None if it is gone."""
-        parked = self._planner.unpark(request_id)
-        return self._saved_kv.pop(request_id, None) if parked is None else self._export_kv(parked)
+        """`begin_take_kv`, and wait."""
+        return self.begin_take_kv(request_id)()
 
     @property
     def has_work(self) -> bool:
@@ -140,13 +157,13 @@ class Engine:
         """Run one dispatch: admit, plan, launch, book. Returns the chunks that ended."""
         started = time.perf_counter()
         admitted = self._planner.admit()
-        self._save_evicted()
+        self._paused_kv.save_evicted(self._caches, self.policy_version)
         for sequence in admitted:
-            self._import_kv(sequence)
+            self._caches = self._paused_kv.bring(sequence, self._caches, self.policy_version)
         plan = self._planner.plan()
         if plan is None:
             return []
-        self._save_evicted()
+        self._paused_kv.save_evicted(self._caches, self.policy_version)
         if plan.copies:
             self._caches = self._transfer.copy_pages(self._caches, plan.copies)
         device_time_s, decoding = self._device_time_s, time.perf_counter()
@@ -200,9 +217,13 @@ class Engine:
         self._num_verified += len(runs)
         return emitted
 
+    def close(self) -> None:
+        """Give the pool's memory and files back; the engine is of no use afterwards."""
+        self._paused_kv.close()
+
     def status(self) -> InstanceStatus:
         """Telemetry since `start_iteration`."""
-        busy_s = self._device_time_s + self._host_time_s
+        busy_s, pool = self._device_time_s + self._host_time_s, self._paused_kv.stats()
         return self._planner.status(
             step_time_s=busy_s / max(1, self._num_steps),
             num_steps=self._num_steps,
@@ -214,6 +235,10 @@ class Engine:
             num_drafted_tokens=self._num_drafted_tokens,
             num_accepted_tokens=self._num_accepted_tokens,
             num_verified=self._num_verified,
+            num_corrupt_blocks=pool.num_corrupt,
+            num_lost_blocks=pool.num_evicted + pool.num_refused + pool.num_timeouts,
+            num_spilled_bytes=pool.spilled_bytes,
+            kv_wait_s=self._paused_kv.wait_s,
             policy_version=self.policy_version,
         )
 
@@ -229,7 +254,7 @@ class Engine:
             self.params = self._place(params)
         self.policy_version = policy_version
         self._planner.start_iteration()
-        self._saved_kv.clear()
+        self._paused_kv.clear()
         if self.speculator is not None:
             self.speculator.client.clear(policy_version)
         self._reset_measurements()
@@ -294,35 +319,10 @@ class Engine:
     def _place(self, params: Mapping[str, Any]) -> Any:
         return jax.device_put(params, self._param_shardings)
 
-    def _export_kv(self, parked: ParkedKV) -> HostKV:
-        pages = self._transfer.export_pages(self._caches, parked.pages)
-        return HostKV(pages=pages, num_tokens=parked.num_tokens, policy_version=self.policy_version)
-
-    def _save_evicted(self) -> None:
-        """Copy parked KV to the host before its pages are written again."""
-        self._saved_kv |= {request_id: self._export_kv(parked) for request_id, parked in self._planner.evicted}
-        self._planner.evicted.clear()
-
-    def _import_kv(self, sequence: Sequence) -> None:
-        """Bring in the KV of a resumed chunk unless it is here; a miss costs a re-prefill, never a wrong token."""
-        handle = sequence.chunk.kv
-        if handle is None or sequence.num_computed:
-            return
-        saved = self._saved_kv.pop(sequence.chunk.request_id, None)
-        kv = handle.ref if isinstance(handle.ref, HostKV) else saved
-        if kv is None or kv.policy_version != self.policy_version:
-            return
-        pages = sequence.pages[: self._planner.pool.pages_for(kv.num_tokens)]
-        try:
-            self._caches = self._transfer.import_pages(self._caches, pages, kv.pages)
-        except TransferError:
-            return
-        sequence.note_kv(kv.num_tokens)
-        self._planner.num_imported_tokens += sequence.num_computed
-
     def _finish(self, sequence: Sequence) -> ChunkFinished:
         chunk, reason = sequence.chunk, sequence.finish_reason
         handle = None
+        self._paused_kv.drop(chunk.request_id)
         if self.speculator is not None:
             self.speculator.client.observe(sequence)
         if reason == "chunk":

@@ -9,8 +9,11 @@ import jax
 from seer_jax.config.schema import RunConfig, num_mesh_devices
 from seer_jax.engine.cluster import LocalCluster
 from seer_jax.engine.engine import Engine
+from seer_jax.kvpool import EmbeddedKVPool
 from seer_jax.models.config import DecoderConfig
 from seer_jax.sharding import make_mesh
+
+LAST_EPOCH = 2**62
 
 
 def build_engine(
@@ -19,6 +22,7 @@ def build_engine(
     params: Mapping[str, Any],
     *,
     instance_id: int,
+    place: int = 0,
     first_device: int = 0,
 ) -> Engine:
     """Build an engine on this process's devices and compile its programs.
@@ -28,6 +32,7 @@ def build_engine(
         model_config: Shapes of the model.
         params: Weights, on host or device.
         instance_id: Name in events.
+        place: Which of the run's instances it is, or replaces; names its directory in the KV pool's.
         first_device: Index of the mesh's first device in this process.
 
     Raises:
@@ -41,9 +46,24 @@ def build_engine(
         speculation=config.speculation,
         instance_id=instance_id,
         mesh=make_mesh(config.sharding, jax.devices()[first_device:]),
+        kv_pool=_open_pool(config, place),
+        chaos=config.chaos,
     )
     engine.warmup(num_peers=config.rollout.instances, truncates=needs_truncation(config))
     return engine
+
+
+def _open_pool(config: RunConfig, place: int) -> EmbeddedKVPool:
+    settings = config.kvpool
+    if not settings.disk_mib:
+        return EmbeddedKVPool(settings.dram_mib << 20)
+    directory = Path(settings.directory).expanduser() / f"instance-{place}"
+    pool = EmbeddedKVPool(settings.dram_mib << 20, directory=directory, max_disk_bytes=settings.disk_mib << 20)
+    # What another run left is of other weights, whatever it says of its epoch.
+    pool.drop_epochs_before(LAST_EPOCH)
+    if config.chaos.fill_disk:
+        pool.fill_disk()
+    return pool
 
 
 def needs_truncation(config: RunConfig) -> bool:
@@ -62,7 +82,7 @@ def build_local_cluster(
 
     def build(place: int, instance_id: int, weights: Mapping[str, Any]) -> Engine:
         first = place * size if (place + 1) * size <= num_devices else 0
-        return build_engine(config, model_config, weights, instance_id=instance_id, first_device=first)
+        return build_engine(config, model_config, weights, instance_id=instance_id, place=place, first_device=first)
 
     engines = [build(place, first_instance_id + place, params) for place in range(config.rollout.instances)]
     replaces = config.rollout.max_replacements > 0

@@ -17,7 +17,8 @@ class HostKV:
     """KV pages of one request on the host.
 
     Attributes:
-        pages: [num_layers, num_pages, page_size, row_width]; slots past `num_tokens` hold garbage.
+        pages: [num_pages, num_layers, page_size, row_width]; slots past `num_tokens` hold garbage. Pages come first, so
+            that those of a request are one piece of memory whatever they are padded to.
         num_tokens: Tokens covered, from position 0.
         policy_version: Weights that produced it.
     """
@@ -37,15 +38,19 @@ class KVTransfer:
         """Compile every size by copying the garbage page to itself; returns the caches."""
         for bucket in self._buckets:
             pages = [0] * bucket
-            caches = self.import_pages(caches, pages, self.export_pages(caches, pages))
+            caches = self.import_pages(caches, pages, np.asarray(self.export_pages(caches, pages)))
             caches = self.copy_pages(caches, [(0, 0)] * bucket)
         return caches
 
-    def export_pages(self, caches: list[jax.Array], pages: list[int]) -> np.ndarray:
-        """Copy `pages` of all layers to one host array [num_layers, num_pages, page_size, row_width]."""
-        padded = np.asarray(_gather(caches, self._pad(pages)))
-        # A view would keep the padding alive as long as the request is paused.
-        return padded if padded.shape[1] == len(pages) else padded[:, : len(pages)].copy()
+    def export_pages(self, caches: list[jax.Array], pages: list[int]) -> jax.Array:
+        """Copy `pages` of all layers to one array on device, on its way to the host; does not wait for it.
+
+        Returns:
+            [at least num_pages, num_layers, page_size, row_width]; what is more is padding.
+        """
+        export = _gather(caches, self._pad(pages))
+        export.copy_to_host_async()
+        return export
 
     def import_pages(self, caches: list[jax.Array], pages: list[int], data: np.ndarray) -> list[jax.Array]:
         """Write host pages into the (donated) caches; padding goes to the garbage page.
@@ -53,14 +58,14 @@ class KVTransfer:
         Raises:
             TransferError: If the block has another layout than the caches.
         """
-        expected = (len(caches), len(pages), *caches[0].shape[1:])
+        expected = (len(pages), len(caches), *caches[0].shape[1:])
         if data.shape != expected or data.dtype != caches[0].dtype:
             raise TransferError(
                 f"KV block is {data.dtype}{list(data.shape)}, caches take {caches[0].dtype}{list(expected)}"
             )
         padded_pages = self._pad(pages)
-        padded = np.zeros((len(caches), len(padded_pages), *caches[0].shape[1:]), data.dtype)
-        padded[:, : len(pages)] = data
+        padded = np.zeros((len(padded_pages), *expected[1:]), data.dtype)
+        padded[: len(pages)] = data
         return _scatter(caches, padded_pages, padded)
 
     def copy_pages(self, caches: list[jax.Array], copies: Sequence[tuple[int, int]]) -> list[jax.Array]:
@@ -79,12 +84,12 @@ class KVTransfer:
 
 @jax.jit
 def _gather(caches: list[jax.Array], pages: jax.Array) -> jax.Array:
-    return jnp.stack([cache[pages] for cache in caches])
+    return jnp.stack([cache[pages] for cache in caches], axis=1)
 
 
 @partial(jax.jit, donate_argnums=0)
 def _scatter(caches: list[jax.Array], pages: jax.Array, data: jax.Array) -> list[jax.Array]:
-    return [cache.at[pages].set(layer) for cache, layer in zip(caches, data, strict=True)]
+    return [cache.at[pages].set(data[:, layer]) for layer, cache in enumerate(caches)]
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -14,7 +14,8 @@ from seer_jax.core.errors import InstanceLostError, ProtocolError
 from seer_jax.core.eventlog import replay
 from seer_jax.core.events import Event, GroupsSubmitted, InstanceJoined, InstanceLost, InstanceReport
 from seer_jax.core.types import InstanceStatus, RequestChunk, RolloutGroup, Sample, output_sha256, tail_time_s
-from seer_jax.engine.cluster import NO_CHAOS, Cluster
+from seer_jax.engine.cluster import Cluster
+from seer_jax.engine.engine import NO_CHAOS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,10 @@ class RolloutStats:
         imported_tokens: Tokens of resumed chunks whose KV came from the host or from another instance.
         max_kv_utilization: Highest share of pages in use at any instance, those of paused requests aside.
         instances_lost: Instances that died, hung or were killed.
+        blocks_corrupt: KV blocks that came damaged out of the pool; like lost ones they cost a re-prefill.
+        blocks_lost: KV blocks that the pool had no room for, or gave up for others.
+        spilled_bytes: KV that the pool wrote to disk.
+        kv_wait_s: Time engines waited for KV from the pool, all instances together.
         chunks_resumed: Chunks that were under way there, and run again elsewhere from the last returned token.
     """
 
@@ -55,6 +60,10 @@ class RolloutStats:
     mean_acceptance_length: float
     draft_time_s: float
     verify_time_s: float
+    blocks_corrupt: int
+    blocks_lost: int
+    spilled_bytes: int
+    kv_wait_s: float
     instances_lost: int
     chunks_resumed: int
     output_sha256: str
@@ -232,6 +241,10 @@ def summarize(
         mean_acceptance_length=1 + sum(s.num_accepted_tokens for s in statuses) / max(1, num_verified),
         draft_time_s=sum((s.draft_time_s for s in statuses), 0.0),
         verify_time_s=sum((s.verify_time_s for s in statuses), 0.0),
+        blocks_corrupt=sum(s.num_corrupt_blocks for s in statuses),
+        blocks_lost=sum(s.num_lost_blocks for s in statuses),
+        spilled_bytes=sum(s.num_spilled_bytes for s in statuses),
+        kv_wait_s=sum((s.kv_wait_s for s in statuses), 0.0),
         instances_lost=instances_lost,
         chunks_resumed=chunks_resumed,
         output_sha256=output_sha256(list(samples)),

@@ -189,6 +189,11 @@ class EmbeddedKVPool:
                 os.pwrite(fd, bytes([os.pread(fd, 1, offset)[0] ^ 1 << bit % 8]), offset)
             return True
 
+    def fill_disk(self) -> None:
+        """Let the disk refuse whatever is still to be written, as a full one does; for tests and chaos on purpose."""
+        if self._index.files is not None:
+            self._index.files.is_full = True
+
     def _adopt(self, header: BlockHeader, place: Place) -> None:
         index, digest = self._index, header.key.digest
         if digest in index.entries:

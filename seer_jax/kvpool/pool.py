@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -24,6 +24,10 @@ class Status(enum.Enum):
     """The pool could not take or give the block in time."""
     NO_SPACE = "no_space"
     """The block does not fit, or everything stored is pinned or worth more."""
+
+
+HOLDINGS = {"num_blocks", "num_pinned", "dram_bytes", "max_dram_bytes", "disk_bytes", "max_disk_bytes"}
+"""Fields of `PoolStats` that count nothing up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,11 @@ class PoolStats:
     num_recovered: int = 0
     truncated_bytes: int = 0
     put_wait_s: float = 0.0
+
+    def since(self, before: "PoolStats") -> "PoolStats":
+        """These figures with the counters from `before` on; what the pool holds stays as it is."""
+        names = {field.name for field in fields(self)} - HOLDINGS
+        return replace(self, **{name: getattr(self, name) - getattr(before, name) for name in names})
 
 
 @runtime_checkable

@@ -1,5 +1,6 @@
 """The disk tier: append-only files of blocks, each behind its header."""
 
+import errno
 import fcntl
 import os
 from collections import deque
@@ -60,6 +61,7 @@ class SegmentFiles:
         self.segments: list[Segment] = []
         self.dead: deque[Segment] = deque()
         self.total_bytes = self.truncated_bytes = 0
+        self.is_full = False
         self._active: Segment | None = None
         self._next_index = 0
 
@@ -116,6 +118,8 @@ class SegmentFiles:
             active = self._active = self._create()
         offset = active.size_bytes
         try:
+            if self.is_full:
+                raise OSError(errno.ENOSPC, "the disk is full, on purpose")
             for view in (np.frombuffer(encode_header(header), np.uint8), *views):
                 done = 0
                 while done < len(view):

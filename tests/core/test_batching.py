@@ -63,8 +63,8 @@ class FakeCache:
     def save_evicted(self) -> None:
         """What was parked must still be there when its pages are given away."""
         for request_id, parked in self._planner.evicted:
-            content = self._slots[parked.pages].reshape(-1)[: parked.num_tokens]
-            assert content.tolist() == self.texts[request_id][: parked.num_tokens].tolist()
+            content = self._slots[parked.pages].reshape(-1)[: len(parked.token_ids)]
+            assert content.tolist() == self.texts[request_id][: len(parked.token_ids)].tolist()
         self._planner.evicted.clear()
 
     def run(self, plan: StepPlan) -> list[Sequence]:
