@@ -232,7 +232,7 @@ def test_a_block_dropped_while_it_is_written_leaves_nothing(tmp_path, monkeypatc
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
