@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -147,7 +148,7 @@ class PausedKV:
         saved = self._saved.pop(request_id, None)
         return None if saved is None else saved.fetch
 
-    def _wait(self, future: Future) -> HostKV | None:
+    def _wait(self, future: Future) -> Any:
         started = time.perf_counter()
         value = future.result()
         self.wait_s += time.perf_counter() - started

@@ -2,8 +2,11 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,7 +232,7 @@ def test_a_block_dropped_while_it_is_written_leaves_nothing(tmp_path, monkeypatc
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -306,3 +309,24 @@ def test_files_and_threads_are_given_back(tmp_path):
         pool.close()
     assert len(os.listdir("/proc/self/fd")) == before
     assert threading.active_count() == num_threads
+
+
+def test_a_killed_process_leaves_blocks_that_are_whole(tmp_path):
+    script = f"""
+import time
+from tests.kvpool.blocks import put
+from tests.kvpool.test_disk import open_pool
+pool = open_pool({str(tmp_path)!r}, max_disk_bytes=4096 * {RECORD})
+put(pool, range(3000))
+time.sleep(60)
+"""
+    child = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
+    wait_until(lambda: sum(file.stat().st_size for file in files_in(tmp_path)) > 12 * RECORD)
+    child.kill()
+    child.wait()
+    pool = open_pool(tmp_path, max_disk_bytes=4096 * RECORD)
+    num_recovered = pool.stats().num_recovered
+    assert num_recovered >= 12
+    assert get(pool, range(num_recovered)) == [HIT] * num_recovered
+    assert pool.stats().truncated_bytes < RECORD
+    pool.close()
