@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float8e4m3fn, Float32
 
 BLOCK = 128
@@ -37,7 +38,7 @@ def quantise_blocks(
     return jnp.clip(scaled, -MAX_QUANTISED, MAX_QUANTISED).astype(QUANTISED), scale
 
 
-def dequantise_blocks(values: Array, scale: Float32[Array, "*E blocks_r blocks_c"], dtype: jnp.dtype) -> Array:
+def dequantise_blocks(values: Array, scale: Float32[Array, "*E blocks_r blocks_c"], dtype: DTypeLike) -> Array:
     """Undo `quantise_blocks`.
 
     Args:
