@@ -18,8 +18,8 @@ Cores. On chips whose two cores are one device (v4, v5p) each core takes half of
 Float8. A step multiplies by each 128 x 128 block in the tokens' own type, in which float8 is exact, and scales the
 float32 product: weights are never rounded a second time, and half the bytes are read.
 
-VMEM (`count_vmem_bytes`, given to the compiler as the limit) stays under the 16 MiB that XLA gives a kernel unasked for bfloat16
-and float8 at the shapes of `arg_specs`: at most 13 MiB.
+VMEM (`count_vmem_bytes`, given to the compiler as the limit) is at most 13 MiB for bfloat16 and float8 at the shapes of
+`arg_specs`, of the 16 MiB that XLA gives a kernel unasked.
 
 Gradients: none, and asking is refused by name; training uses `xla`.
 """

@@ -55,7 +55,7 @@ loads = {
     "nobody": np.full((TOKENS, CHOSEN), EXPERTS),
 }
 x, _, weights, *experts = make_case(TOKENS, EXPERTS, CHOSEN, model=128, ffn=128)
-(gate_up, gate_up_scale), (down, down_scale) = map(quantise_blocks, experts)
+(gate_up, gate_up_scale), (down, down_scale) = map(quick_jit(quantise_blocks), experts)
 errors, ids = {}, jnp.asarray(even, jnp.int32)
 
 def error(got, expected):

@@ -109,7 +109,7 @@ def test_an_id_beyond_the_last_expert_adds_nothing_forward_or_backward(function)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_float8_experts_equal_their_dequantised_weights(function):
     x, ids, weights, *experts = make_case(9, 4, 2, model=130, ffn=70)
-    (gate_up, gate_up_scale), (down, down_scale) = map(quantise_blocks, experts)
+    (gate_up, gate_up_scale), (down, down_scale) = map(quick_jit(quantise_blocks), experts)
     got = quick_jit(FUNCTIONS[function])(x, ids, weights, gate_up, down, gate_up_scale, down_scale)
     plain = dequantise_blocks(gate_up, gate_up_scale, "float32"), dequantise_blocks(down, down_scale, "float32")
     np.testing.assert_allclose(got, exact(x, ids, weights, *plain), atol=5e-6)
