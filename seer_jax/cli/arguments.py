@@ -173,7 +173,7 @@ def _load_resumed(run_dir: str, config: str | None) -> RunConfig:
 
 
 def _expand_chaos(argv: Sequence[str]) -> list[str]:
-    """Write `--chaos a=2,b=4x,c` as `--chaos.a 2 --chaos.b 4 --chaos.c true`."""
+    """Write `--chaos a=2,b=4x,c` as `--chaos.a 2 --chaos.b 4 --chaos.c`."""
     names, expanded, rest = [field.name for field in fields(ChaosConfig)], [], list(argv)
     while rest:
         option, equals, value = rest.pop(0).partition("=")
@@ -186,7 +186,7 @@ def _expand_chaos(argv: Sequence[str]) -> list[str]:
             name, equals, amount = (word.strip() for word in fault.partition("="))
             if name not in names:
                 raise ConfigError("chaos", f"no fault {name!r}", did_you_mean(name, names))
-            expanded += [f"--chaos.{name}", amount.removesuffix("x") if equals else "true"]
+            expanded += [f"--chaos.{name}", *([amount.removesuffix("x")] if equals else [])]
     return expanded
 
 

@@ -70,8 +70,8 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int, is_sha
         config: Shapes of the model.
         shape: The bucket.
         max_steps: Bound of the steps in one dispatch.
-        is_sharded: Whether it runs on several devices. Then attention is plain XLA, which the compiler partitions; a
-            Pallas kernel it would reject.
+        is_sharded: Whether it runs on several devices. Then attention and experts are plain XLA, which the compiler
+            partitions; a Pallas kernel it would reject.
 
     Returns:
         `step(params, caches, packed) -> (caches, outputs)`. Caches are donated. `outputs` is int32
@@ -79,7 +79,7 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int, is_sha
         tokens, the bits of their log-probabilities and, if `shape.expert_ids`, the experts behind them, two ids a word
         (`core.packing.unpack_outputs`).
     """
-    run_model = partial(_run_model, config=config, shape=shape, attention="xla" if is_sharded else None)
+    run_model = partial(_run_model, config=config, shape=shape, kernels="xla" if is_sharded else None)
     num_requests, depth = shape.num_requests, shape.max_depth
     loops, num_words = not shape.num_tiles, packing.expert_words(shape)
 
@@ -227,7 +227,7 @@ def _run_model(
     *,
     config: DecoderConfig,
     shape: StepShape,
-    attention: str | None = None,
+    kernels: str | None = None,
 ) -> tuple[Float[Array, "T M"], Caches, Int32[Array, "T words"] | None]:
     """One forward over the query tokens; returns their hidden states, the caches, and their experts if asked for."""
     num_rows, tile = shape.num_rows, shape.tile
@@ -258,7 +258,7 @@ def _run_model(
                 *trees,
                 value_width=config.kv_lora_rank,
                 scale=config.softmax_scale,
-                implementation=attention,
+                implementation=kernels,
             )
             outputs.append(output.reshape(-1, *output.shape[2:]))
         return mla.unabsorb_values(attention_params, jnp.concatenate(outputs))
@@ -266,5 +266,13 @@ def _run_model(
     expert_ids: list[Array] = []
     note_experts = None if shape.expert_ids is None else expert_ids.append
     positions = start + tokens.depth
-    hidden = decoder.forward(params, config, tokens.token_ids, positions, attend, note_experts=note_experts)
+    hidden = decoder.forward(
+        params,
+        config,
+        tokens.token_ids,
+        positions,
+        attend,
+        note_experts=note_experts,
+        moe_implementation=kernels,
+    )
     return hidden, new_caches, _pack_experts(expert_ids) if expert_ids else None

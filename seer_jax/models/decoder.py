@@ -86,7 +86,7 @@ def forward_train(
     replayed: Int[Array, "B L moe_layers K"] | None = None,
     remat: bool = False,
 ) -> Float[Array, "B L M"]:
-    """Run whole sequences with expanded causal attention, differentiable.
+    """Run whole sequences with expanded causal attention, differentiable, experts in plain XLA.
 
     Args:
         params: Weights laid out as `decoder_specs`.
@@ -106,7 +106,16 @@ def forward_train(
     positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
     if replayed is not None:
         replayed = replayed.reshape(-1, *replayed.shape[2:])
-    hidden = forward(params, config, token_ids.reshape(-1), positions, attend, replayed=replayed, remat=remat)
+    hidden = forward(
+        params,
+        config,
+        token_ids.reshape(-1),
+        positions,
+        attend,
+        replayed=replayed,
+        moe_implementation="xla",
+        remat=remat,
+    )
     return hidden.reshape(batch, length, -1)
 
 

@@ -3,12 +3,17 @@
 from collections.abc import Iterator
 from functools import partial
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from kernels_pallas.mla_attention import api
 from kernels_pallas.mla_attention.pallas_tpu import mla_attention_pallas_tpu
+from seer_jax.core.packing import pack
+from seer_jax.core.step_shapes import StepShape
 from seer_jax.engine import engine as engine_module
 from seer_jax.engine.step import make_step
+from seer_jax.models import decoder, moe
 from tests.engine import tiny
 from tests.engine.test_engine import make_engine
 from tests.engine.test_engine import test_chunk_continues_on_another_instance_without_prefill as move_between_instances
@@ -64,3 +69,24 @@ def test_the_kernel_verifies_trees_to_the_tokens_of_cacheless_decoding(attention
         engine.submit(chunk)
     tiny.check_against_reference(chunks, tiny.drain(engine))
     assert (3, True) in attention_calls and engine.status().num_accepted_tokens > 0
+
+
+def test_training_and_a_mesh_take_plain_xla_for_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their TPU kernels have no gradient, and the compiler partitions no kernel."""
+    named, run = [], moe.grouped_mlp
+
+    def record(*arrays, implementation=None):
+        named.append(implementation)
+        return run(*arrays, implementation=implementation)
+
+    monkeypatch.setattr(moe, "grouped_mlp", record)
+    weights, model = tiny.params(), tiny.MODEL
+    jax.eval_shape(lambda params: decoder.forward_train(params, model, jnp.zeros((1, 4), jnp.int32)), weights)
+    assert set(named) == {"xla"}
+    shape = StepShape(num_rows=1, num_tiles=0, tile=1, num_requests=1, num_pages=1)
+    caches = [jnp.zeros((2, 16, model.latent_width))] * model.num_hidden_layers
+    for is_sharded, name in ((True, "xla"), (False, None)):
+        named.clear()
+        step = make_step.__wrapped__(model, shape, max_steps=1, is_sharded=is_sharded)
+        jax.eval_shape(step, weights, caches, jnp.asarray(pack([], [], shape, 1)))
+        assert set(named) == {name}

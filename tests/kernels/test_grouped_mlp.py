@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.grouped_matmul import grouped_mlp
+from kernels_pallas.grouped_matmul import dequantise_blocks, grouped_mlp, quantise_blocks
 from kernels_pallas.grouped_matmul.xla import grouped_mlp_ragged, grouped_mlp_tiles, plan_tiles, tile_rows
 from tests.quick import quick_jit
 
@@ -85,3 +85,31 @@ def test_a_token_keeps_its_bits_among_others_and_at_another_place(tokens):
     # All others crowd into one pair of experts: row 0 moves to another tile and another place in it.
     crowded = jnp.where(jnp.arange(tokens)[:, None] == 0, ids, jnp.array([0, 7]))
     np.testing.assert_array_equal(run(x, crowded, weights, gate_up, down)[0], out[0])
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_an_id_beyond_the_last_expert_adds_nothing_forward_or_backward(function):
+    x, ids, weights, *experts = make_case(12, 4, 2)
+    is_absent = jnp.arange(24).reshape(12, 2) % 3 == 0
+    absent = jnp.where(is_absent, 4, ids)
+
+    def run(ids, weights):
+        def loss(x, weights, *experts):
+            out = FUNCTIONS[function](x, ids, weights, *experts)
+            return jnp.sum(jnp.sin(out)), out
+
+        (_, out), grads = jax.value_and_grad(loss, argnums=(0, 2, 3), has_aux=True)(x, weights, *experts)
+        return out, *grads
+
+    got = quick_jit(run)(absent, weights)
+    for a, b in zip(got, quick_jit(run)(ids, jnp.where(is_absent, 0.0, weights)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_float8_experts_equal_their_dequantised_weights(function):
+    x, ids, weights, *experts = make_case(9, 4, 2, model=130, ffn=70)
+    (gate_up, gate_up_scale), (down, down_scale) = map(quick_jit(quantise_blocks), experts)
+    got = quick_jit(FUNCTIONS[function])(x, ids, weights, gate_up, down, gate_up_scale, down_scale)
+    plain = dequantise_blocks(gate_up, gate_up_scale, "float32"), dequantise_blocks(down, down_scale, "float32")
+    np.testing.assert_allclose(got, exact(x, ids, weights, *plain), atol=5e-6)
