@@ -215,7 +215,7 @@ class ChaosConfig:
     drop_message: float = 0.0
     """Share of the messages between controller and instances that get lost, with `runtime: ray`."""
     corrupt_block: int = 0
-    """KV blocks that are damaged in the pool of each instance, the first ones put there."""
+    """KV blocks that are damaged in the pool of each instance, the first ones put there in an iteration."""
     fill_disk: bool = False
     """Let the KV pools find their disk full."""
     slow_instance: float = 1.0

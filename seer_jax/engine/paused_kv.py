@@ -60,7 +60,7 @@ class PausedKV:
         self._planner, self._transfer, self._pool, self._layout = planner, transfer, pool, layout
         self._thread = ThreadPoolExecutor(1, "paused-kv")
         self._saved: dict[RequestId, Saved] = {}
-        self._num_to_corrupt = chaos.corrupt_block
+        self._chaos, self._num_to_corrupt = chaos, chaos.corrupt_block
         self._before = pool.stats()
 
     def save_evicted(self, caches: list[jax.Array], policy_version: int) -> None:
@@ -71,7 +71,9 @@ class PausedKV:
                 self._wait(unfinished[0])
             self.drop(request_id)
             export = self._transfer.export_pages(caches, parked.pages)
-            key = block_key(None, parked.token_ids, epoch=policy_version, layout=self._layout)
+            # Its own block, even where a sibling has said the same: it is dropped when this request has it back.
+            owner = f"{request_id.group_id}/{request_id.index}".encode()
+            key = block_key(None, parked.token_ids, epoch=policy_version, layout=self._layout + owner)
             put = self._thread.submit(self._put, key, export, len(parked.pages))
             self._saved[request_id] = Saved(key, len(parked.token_ids), policy_version, put)
         self._planner.evicted.clear()
@@ -133,6 +135,7 @@ class PausedKV:
             self.drop(request_id)
         self._thread.submit(int).result()  # Whatever was on its way has arrived.
         self.wait_s, self._before = 0.0, self._pool.stats()
+        self._num_to_corrupt = self._chaos.corrupt_block
 
     def stats(self) -> PoolStats:
         """The pool's, with the counters from `clear` on."""
