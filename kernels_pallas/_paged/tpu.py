@@ -4,7 +4,7 @@
 `key_width` are its key, `value_width` from `value_start` on its value. Absorbed MLA is one KV head whose value is the
 beginning of its key; grouped queries are several whose value lies behind the key.
 
-Layout. The cache stays in HBM as it is, [pages, S, Wc], each KV head's columns a multiple of 128 lanes, so that keys and
+Layout. The cache stays in HBM as it is, [pages, S, Wc], each KV head's columns a multiple of 128 lanes: keys and
 values are whole registers. A page is one contiguous DMA, whatever the number of heads, and each row is read once. S
 must fill whole registers: a multiple of 8 rows (float32) or 16 (bfloat16). Small pages make small DMAs.
 
@@ -107,8 +107,8 @@ def attend_pages(
     )
     tokens = choose_tokens(tokens_given, heads, sizes)
     cuts = tokens_given // tokens
-    tiles, rows = tiles_given * cuts, tokens * heads
-    q = q.reshape(tiles, tokens, kv_heads, heads, key_width).swapaxes(1, 2).reshape(tiles, kv_heads, rows, key_width)
+    tiles, rows, all_rows = tiles_given * cuts, tokens * heads, kv_heads * tokens * heads
+    q = q.reshape(tiles, tokens, kv_heads, heads, key_width).swapaxes(1, 2).reshape(tiles, all_rows, key_width)
 
     limits = limits.reshape(tiles, tokens).astype(jnp.int32)
     has_trees = tree_mask is not None
@@ -120,7 +120,7 @@ def attend_pages(
     row_masks = jnp.stack([limits, jax.lax.bitcast_convert_type(mask, jnp.int32)], axis=-1)
 
     if num_splits is None:
-        is_small = tiles <= MAX_TILES_TO_SPLIT and tiles * rows * kv_heads <= MAX_ROWS_TO_SPLIT
+        is_small = tiles <= MAX_TILES_TO_SPLIT and tiles * all_rows <= MAX_ROWS_TO_SPLIT
         num_splits = num_cores if is_small else 1
     num_items = tiles * num_splits
     num_cores = min(num_cores, num_items)
@@ -145,22 +145,28 @@ def attend_pages(
     def of_item(core, step, _):
         return item(core, step), 0, 0
 
-    out_shape = [jax.ShapeDtypeStruct((num_items, kv_heads, rows, value_width), q.dtype)]
-    out_specs = [pl.BlockSpec((1, kv_heads, rows, value_width), lambda *at: (*of_item(*at), 0))]
+    out_shape = [jax.ShapeDtypeStruct((num_items, all_rows, value_width), q.dtype if num_splits == 1 else jnp.float32)]
+    out_specs = [pl.BlockSpec((1, all_rows, value_width), of_item)]
     if num_splits > 1:
-        out_shape = [jax.ShapeDtypeStruct((*out_shape[0].shape[:3], width), jnp.float32) for width in (value_width, 1)]
-        out_specs.append(pl.BlockSpec((1, kv_heads, rows, 1), lambda *at: (*of_item(*at), 0)))
+        out_shape.append(jax.ShapeDtypeStruct((num_items, all_rows, 1), jnp.float32))
+        out_specs.append(pl.BlockSpec((1, all_rows, 1), of_item))
     context = num_table_pages * page_size
     outputs = pl.pallas_call(
         partial(
-            _kernel, value_start=value_start, scale=scale, has_trees=has_trees, num_items=num_items, per_core=per_core
+            _kernel,
+            kv_heads=kv_heads,
+            value_start=value_start,
+            scale=scale,
+            has_trees=has_trees,
+            num_items=num_items,
+            per_core=per_core,
         ),
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(num_cores, per_core),
             in_specs=[
-                pl.BlockSpec((1, kv_heads, rows, key_width), lambda *at: (*of_tile(*at), 0)),
+                pl.BlockSpec((1, all_rows, key_width), of_tile),
                 pl.BlockSpec((1, tokens, 2), of_tile),
                 pl.BlockSpec(
                     (1, 1, num_table_pages), lambda *at: (item(*at[:2]) % tiles // cuts, 0, 0), memory_space=pltpu.SMEM
@@ -172,39 +178,51 @@ def attend_pages(
             scratch_shapes=[
                 pltpu.VMEM((2, pages_per_block, page_size, cache.shape[2]), cache.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
-                pltpu.VMEM((kv_heads, rows, value_width), jnp.float32),
-                pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
-                pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
+                pltpu.VMEM((all_rows, value_width), jnp.float32),
+                pltpu.VMEM((all_rows, 1), jnp.float32),
+                pltpu.VMEM((all_rows, 1), jnp.float32),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit_bytes
         ),
         cost_estimate=pl.CostEstimate(  # Of full tables; how much of them is used is known at run time only.
-            flops=2 * tiles * kv_heads * rows * context * (key_width + value_width),
+            flops=2 * tiles * all_rows * context * (key_width + value_width),
             bytes_accessed=tiles * context * cache.shape[2] * cache.dtype.itemsize + 2 * q.size * q.dtype.itemsize,
-            transcendentals=tiles * kv_heads * rows * context,
+            transcendentals=tiles * all_rows * context,
         ),
         interpret=interpret,
         name=name,
     )(plan, q, row_masks, block_tables[:, None], next_pages[:, None], cache)
     out = outputs[0]
     if num_splits > 1:
-        parts, log_mass = (part.reshape(num_splits, *q.shape[:3], -1) for part in outputs)
+        parts, log_mass = (part.reshape(num_splits, tiles, all_rows, -1) for part in outputs)
         out = jnp.sum(jax.nn.softmax(log_mass, axis=0) * parts, axis=0)
     out = out.reshape(tiles, kv_heads, tokens, heads, value_width).swapaxes(1, 2)[:, :, :, :heads_given]
     return out.reshape(tiles_given, tokens_given, num_heads, value_width).astype(q_dtype)
 
 
 def _kernel(
-    plan_ref, q_ref, rows_ref, table_ref, next_ref, cache_ref, *rest, value_start, scale, has_trees, num_items, per_core
+    plan_ref,
+    q_ref,
+    rows_ref,
+    table_ref,
+    next_ref,
+    cache_ref,
+    *rest,
+    kv_heads,
+    value_start,
+    scale,
+    has_trees,
+    num_items,
+    per_core,
 ):
     """One item: a tile of queries against one part of its context."""
     *out_refs, pages_ref, semaphores, acc_ref, peak_ref, mass_ref = rest
     _, pages_per_block, page_size, row_width = pages_ref.shape
     block_tokens = pages_per_block * page_size
-    tokens, key_width = rows_ref.shape[1], q_ref.shape[3]
-    kv_heads, rows, value_width = acc_ref.shape
+    tokens, key_width = rows_ref.shape[1], q_ref.shape[2]
+    rows, value_width = acc_ref.shape[0] // kv_heads, acc_ref.shape[1]
     step = pl.program_id(1)
     item = pl.program_id(0) * per_core + step
     first_block, num_blocks, num_pages, first_buffer, is_first, next_count, tree_start = (
@@ -224,16 +242,17 @@ def _kernel(
         return pages_ref[buffer, :, :, first : first + width].reshape(block_tokens, width).astype(q_ref.dtype)
 
     def attend_head(head, buffer, bias):
-        scores = _dot(q_ref[0, head], context(head, 0, key_width, buffer), ((1,), (1,))) * scale
+        own = slice(head * rows, (head + 1) * rows)
+        scores = _dot(q_ref[0, own], context(head, 0, key_width, buffer), ((1,), (1,))) * scale
         scores = (scores.reshape(tokens, rows // tokens, block_tokens) + bias[:, None, :]).reshape(rows, block_tokens)
         # A row may see nothing of a block; its maximum stays finite.
-        peak = jnp.maximum(peak_ref[head], jnp.max(scores, axis=1, keepdims=True))
+        peak = jnp.maximum(peak_ref[own], jnp.max(scores, axis=1, keepdims=True))
         weights = jnp.exp(scores - peak)
-        keep = jnp.exp(peak_ref[head] - peak)
-        peak_ref[head] = peak
-        mass_ref[head] = mass_ref[head] * keep + jnp.sum(weights, axis=1, keepdims=True)
-        values = context(head, value_start, value_width, buffer)
-        acc_ref[head] = acc_ref[head] * keep + _dot(weights.astype(q_ref.dtype), values, ((1,), (0,)))
+        keep = jnp.exp(peak_ref[own] - peak)
+        peak_ref[own] = peak
+        mass_ref[own] = mass_ref[own] * keep + jnp.sum(weights, axis=1, keepdims=True)
+        values = _dot(weights.astype(q_ref.dtype), context(head, value_start, value_width, buffer), ((1,), (0,)))
+        acc_ref[own] = acc_ref[own] * keep + values
 
     def attend(index, _):
         buffer = (first_buffer + index) % 2
