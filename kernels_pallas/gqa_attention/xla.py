@@ -1,4 +1,8 @@
-"""Paged grouped-query attention in plain XLA: the loop of `_paged.xla`, KV heads as a batch axis of its products."""
+"""Paged grouped-query attention in plain XLA: the loop of `_paged.xla`, KV heads as a batch axis of its products.
+
+Keys and values stay together: queries are padded with zeros that meet the value, and sums are taken over both and cut.
+Cutting the context instead copies it, which on CPU costs more than the additional products.
+"""
 
 import jax.numpy as jnp
 
@@ -12,20 +16,22 @@ def gqa_attention_xla(q, cache, block_tables, limits, tree_start, tree_mask, *, 
     kv_heads = count_kv_heads(q, cache)
     shared = heads // kv_heads
 
+    def by_head(rows):
+        return rows.reshape(*rows.shape[:2], kv_heads, 2 * head_dim).swapaxes(1, 2)
+
     def score(queries, rows):
-        keys = rows.reshape(*rows.shape[:2], kv_heads, 2, head_dim)[:, :, :, 0]
-        scores = jnp.einsum("igqd,ikgd->igqk", queries, keys, preferred_element_type=jnp.float32) * scale
-        return scores.reshape(len(rows), -1, rows.shape[1])
+        scores = jnp.einsum("igqw,igkw->igqk", queries, by_head(rows), preferred_element_type=jnp.float32)
+        return scores.reshape(len(rows), -1, rows.shape[1]) * scale
 
     def weigh(weights, rows):
-        values = rows.reshape(*rows.shape[:2], kv_heads, 2, head_dim)[:, :, :, 1]
         weights = weights.reshape(len(rows), kv_heads, -1, rows.shape[1]).astype(q.dtype)
-        sums = jnp.einsum("igqk,ikgd->igqd", weights, values, preferred_element_type=jnp.float32)
-        return sums.reshape(len(rows), -1, head_dim)
+        sums = jnp.einsum("igqk,igkw->igqw", weights, by_head(rows), preferred_element_type=jnp.float32)
+        return sums[..., head_dim:].reshape(len(rows), -1, head_dim)
 
-    queries = q.reshape(num_tiles, tokens, kv_heads, shared, head_dim).swapaxes(1, 2)
+    queries = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, head_dim)))
+    queries = queries.reshape(num_tiles, tokens, kv_heads, shared, 2 * head_dim).swapaxes(1, 2)
     out = attend_pages(
-        queries.reshape(num_tiles, kv_heads, tokens * shared, head_dim),
+        queries.reshape(num_tiles, kv_heads, tokens * shared, 2 * head_dim),
         cache,
         block_tables,
         limits,
