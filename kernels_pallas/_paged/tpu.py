@@ -11,7 +11,7 @@ must fill whole registers: a multiple of 8 rows (float32) or 16 (bfloat16). Smal
 Work. A tile of Tq query tokens is, for each KV head, one matrix of R = Tq x H / KV heads rows; tiles that are too large
 are cut (`choose_tokens`). The grid walks the tiles; inside, a loop walks the blocks of the tile's context that hold
 anything visible, so that cost follows each request's own context. Pages go into one of two buffers while the other is
-computed on, one KV head after the other, and the last block of a tile already fetches the first block of the next tile:
+computed on, one KV head after the other (few rows: as the compiler likes), and the last block of a tile already fetches the first block of the next tile:
 the fetch pipeline never drains between tiles. Softmax is online and in float32; products take the operands in their
 own type (float32 at full precision).
 
@@ -33,9 +33,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas._paged.layout import LANES
 from kernels_pallas._paged.mask import MASK_BITS
 from kernels_pallas._paged.plan import PLAN_FIELDS, plan_items
-from kernels_pallas._paged.sizes import TileSizes, choose_block_tokens, choose_tokens, count_vmem_bytes
+from kernels_pallas._paged.sizes import SPILL_BYTES, TileSizes, choose_block_tokens, choose_tokens, count_vmem_bytes
 
 MAX_TILES_TO_SPLIT, MAX_ROWS_TO_SPLIT = 64, 2**14
 """With no more tiles, and rows in all, than this the two cores of a device share each tile's context; many tiles spread
@@ -238,11 +239,11 @@ def _kernel(
             copy(table[0, 0, offset + index], index, buffer).start()
 
     def context(head, start, width, buffer):
-        first = head * (row_width // kv_heads) + start
-        return pages_ref[buffer, :, :, first : first + width].reshape(block_tokens, width).astype(q_ref.dtype)
+        columns = pl.ds(pl.multiple_of(head * (row_width // kv_heads) + start, LANES), width)
+        return pages_ref[buffer, :, :, columns].reshape(block_tokens, width).astype(q_ref.dtype)
 
     def attend_head(head, buffer, bias):
-        own = slice(head * rows, (head + 1) * rows)
+        own = pl.ds(pl.multiple_of(head * rows, 8), rows)
         scores = _dot(q_ref[0, own], context(head, 0, key_width, buffer), ((1,), (1,))) * scale
         scores = (scores.reshape(tokens, rows // tokens, block_tokens) + bias[:, None, :]).reshape(rows, block_tokens)
         # A row may see nothing of a block; its maximum stays finite.
@@ -276,8 +277,11 @@ def _kernel(
             bits = jax.lax.shift_right_logical(masks, jnp.clip(node, 0, MASK_BITS - 1)) & 1
             is_seen |= (node >= 0) & (node < MASK_BITS) & (bits == 1)
         bias = jnp.where(is_seen, 0.0, -jnp.inf)
-        for head in range(kv_heads):
-            attend_head(head, buffer, bias)
+        if kv_heads * rows * block_tokens * 4 <= SPILL_BYTES or kv_heads == 1:
+            for head in range(kv_heads):
+                attend_head(head, buffer, bias)
+        else:  # Written out, heads overlap, and so does the memory that their scores take.
+            pl.loop(0, kv_heads)(lambda head: attend_head(head, buffer, bias))
         return 0
 
     @pl.when(step == 0)
