@@ -11,9 +11,9 @@ must fill whole registers: a multiple of 8 rows (float32) or 16 (bfloat16). Smal
 Work. A tile of Tq query tokens is, for each KV head, one matrix of R = Tq x H / KV heads rows; tiles that are too large
 are cut (`choose_tokens`). The grid walks the tiles; inside, a loop walks the blocks of the tile's context that hold
 anything visible, so that cost follows each request's own context. Pages go into one of two buffers while the other is
-computed on, one KV head after the other (few rows: as the compiler likes), and the last block of a tile already fetches the first block of the next tile:
-the fetch pipeline never drains between tiles. Softmax is online and in float32; products take the operands in their
-own type (float32 at full precision).
+computed on, and the last block of a tile already fetches the first block of the next tile: the fetch pipeline never
+drains between tiles. Softmax is online and in float32; products take the operands in their own type (float32 at full
+precision). KV heads with few rows are written out, so that the compiler may overlap them; with many they are a loop.
 
 Cores. On chips whose two cores are one device (v4, v5p) the grid has an outer parallel dimension of 2: with many tiles
 each core takes half of them, and with few (`num_splits`) each takes half of every tile's context; partial results are
