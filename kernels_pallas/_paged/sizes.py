@@ -10,6 +10,7 @@ bytes: compute is the bound."""
 VMEM_BYTES = 16 * 2**20
 """What XLA gives a kernel unasked; no tile is chosen that is counted to need more."""
 SPILL_BYTES = 512 * 1024
+"""What the compiler spills; and scores that it may keep of all KV heads at a time."""
 LANES_BYTES = 512
 """A column of one float32 takes a row of lanes."""
 
