@@ -18,8 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas._dispatch import PREFERRED
+from kernels_pallas.gqa_attention.api import IMPLEMENTATIONS as GQA_ATTENTION
 from kernels_pallas.grouped_matmul.api import IMPLEMENTATIONS as GROUPED_MLP
 from kernels_pallas.kv_update.api import IMPLEMENTATIONS as KV_UPDATE
+from kernels_pallas.mla_attention import pad_row_width
 from kernels_pallas.mla_attention.api import IMPLEMENTATIONS as MLA_ATTENTION
 from kernels_pallas.tree_verify import tree_verify
 from kernels_pallas.tree_verify.api import IMPLEMENTATIONS as TREE_VERIFY
@@ -56,7 +59,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="last line is one JSON object")
     args = parser.parse_args()
     rows = []
-    for case in (*grouped_mlp_cases(), *mla_attention_cases(), *kv_update_cases(), *tree_verify_cases()):
+    attention_cases = (*mla_attention_cases(), *gqa_attention_cases())
+    for case in (*grouped_mlp_cases(), *attention_cases, *kv_update_cases(), *tree_verify_cases()):
         if args.kernel in case.kernel:
             rows += measure_case(case)
     if args.json:
@@ -156,12 +160,7 @@ def mla_attention_cases() -> Iterator[Case]:
 def _mla_attention_case(tiles: int, tile: int, context: int, mixed: bool) -> Case:
     heads, value, width, page = 4, 64, 80, 16
     rng = np.random.default_rng(0)
-    pages = context // page
-    last = rng.integers(tile, context, tiles) if mixed else np.full(tiles, context - 1)
-    first = (last - tile + 1).astype(np.int32)
-    tables = 1 + rng.permutation(tiles * pages).reshape(tiles, pages).astype(np.int32)
-    # Rows that the queries see, and rows that a tile must read.
-    seen, read = sum(int(f + t + 1) for f in first for t in range(tile)), int(last.sum()) + tiles
+    tables, limits, seen, read = _paged_contexts(rng, tiles, tile, context, page, mixed)
 
     def advance(function: Callable, q: jax.Array, *rest: jax.Array) -> jax.Array:
         out = function(q, *rest, value_width=value, scale=width**-0.5)
@@ -170,19 +169,60 @@ def _mla_attention_case(tiles: int, tile: int, context: int, mixed: bool) -> Cas
     return Case(
         kernel="mla_attention",
         shape=f"N={tiles} Tq={tile} H={heads} W={width} context={'1..' if mixed else ''}{context}",
-        implementations=MLA_ATTENTION,
+        implementations=_those_that_run_here(MLA_ATTENTION),
         advance=advance,
         arrays=(
             _normal(rng, tiles, tile, heads, width),
-            _normal(rng, tiles * pages + 1, page, width),
-            jnp.asarray(tables),
-            jnp.asarray(first[:, None] + np.arange(1, tile + 1, dtype=np.int32)),
+            _normal(rng, tables.size + 1, page, pad_row_width(width, jax.default_backend())),
+            tables,
+            limits,
             None,
             None,
         ),
         flops=2 * seen * heads * (width + value),
         num_bytes=4 * (read * width + tiles * tile * heads * (width + value)),
     )
+
+
+def gqa_attention_cases() -> Iterator[Case]:
+    """8 heads of 64 that share 2 KV heads, pages of 16: the same contexts and tiles."""
+    for tiles, tile, context, mixed in ((1, 1, 256, False), (16, 1, 256, False), (16, 1, 1024, False)):
+        yield _gqa_attention_case(tiles, tile, context, mixed)
+    yield _gqa_attention_case(16, 1, 1024, True)
+    yield _gqa_attention_case(16, 16, 256, False)
+
+
+def _gqa_attention_case(tiles: int, tile: int, context: int, mixed: bool) -> Case:
+    heads, kv_heads, head_dim, page = 8, 2, 64, 16
+    rng = np.random.default_rng(0)
+    tables, limits, seen, read = _paged_contexts(rng, tiles, tile, context, page, mixed)
+    return Case(
+        kernel="gqa_attention",
+        shape=f"N={tiles} Tq={tile} H={heads}/{kv_heads} D={head_dim} context={'1..' if mixed else ''}{context}",
+        implementations=_those_that_run_here(GQA_ATTENTION),
+        advance=lambda function, q, *rest: q + 1e-3 * function(q, *rest, scale=head_dim**-0.5),
+        arrays=(
+            _normal(rng, tiles, tile, heads, head_dim),
+            _normal(rng, tables.size + 1, page, 2 * kv_heads * head_dim),
+            tables,
+            limits,
+            None,
+            None,
+        ),
+        flops=2 * seen * heads * 2 * head_dim,
+        num_bytes=4 * (read * 2 * kv_heads * head_dim + 2 * tiles * tile * heads * head_dim),
+    )
+
+
+def _paged_contexts(
+    rng: np.random.Generator, tiles: int, tile: int, context: int, page: int, mixed: bool
+) -> tuple[jax.Array, jax.Array, int, int]:
+    """Block tables, limits, (query, row) pairs that the queries see, and rows that the tiles must read."""
+    last = rng.integers(tile, context, tiles) if mixed else np.full(tiles, context - 1)
+    first = (last - tile + 1).astype(np.int32)
+    tables = 1 + rng.permutation(tiles * context // page).reshape(tiles, -1).astype(np.int32)
+    limits = first[:, None] + np.arange(1, tile + 1, dtype=np.int32)
+    return jnp.asarray(tables), jnp.asarray(limits), int(limits.sum()), int(last.sum()) + tiles
 
 
 def kv_update_cases() -> Iterator[Case]:
@@ -206,7 +246,7 @@ def tree_verify_cases() -> Iterator[Case]:
     for rows, width, vocab in ((16, 128, 264), (64, 128, 264), (1, 2048, 163_840), (4, 2048, 163_840)):
         spec = ArgSpec(rows=rows, width=width, vocab=vocab, dtype="float32")
         rng = np.random.default_rng(0)
-        names = [name for name in TREE_VERIFY if name != "pallas_tpu" or jax.default_backend() == "tpu"]
+        names = _those_that_run_here(TREE_VERIFY)
         yield Case(
             kernel="tree_verify",
             shape=f"E={rows} M={width} V={vocab}",
@@ -222,6 +262,11 @@ def tree_verify_cases() -> Iterator[Case]:
             flops=spec.flops,
             num_bytes=spec.num_bytes,
         )
+
+
+def _those_that_run_here(implementations: dict[str, Callable]) -> dict[str, Callable]:
+    own = PREFERRED.get(jax.default_backend())
+    return {name: f for name, f in implementations.items() if name == own or not name.startswith("pallas_")}
 
 
 def _normal(rng: np.random.Generator, *shape: int) -> jax.Array:

@@ -1,8 +1,6 @@
 """How the cache must lie for the kernels."""
 
-import jax.numpy as jnp
-
-LANES = 128
+from kernels_pallas._paged.layout import LANES, pad_to_lanes, why_not_pages
 
 
 def pad_row_width(width: int, platform: str) -> int:
@@ -16,7 +14,7 @@ def pad_row_width(width: int, platform: str) -> int:
         On TPU the next multiple of 128: what registers hold anyway, and the only width at which XLA keeps a page in one
         piece (576 columns make it store the pages as lanes, and copy the whole cache for a kernel). `width` elsewhere.
     """
-    return -(-width // LANES) * LANES if platform == "tpu" else width
+    return pad_to_lanes(width) if platform == "tpu" else width
 
 
 def why_not_pallas_tpu(q, cache) -> str | None:
@@ -24,18 +22,11 @@ def why_not_pallas_tpu(q, cache) -> str | None:
 
     Args:
         q: Queries [N, Tq, H, W], or their ShapeDtypeStruct.
-        cache: Pages [pages, S, W], or their ShapeDtypeStruct.
+        cache: Pages [pages, S, Wc], or their ShapeDtypeStruct.
 
     Returns:
         The reason in a few words.
     """
-    if cache.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the cache is {cache.dtype}, not float32 or bfloat16"
     if cache.shape[2] % LANES:
         return f"cache rows are {cache.shape[2]} wide, no multiple of {LANES} (pad_row_width)"
-    sublanes = 32 // cache.dtype.itemsize
-    if cache.shape[1] % sublanes:
-        return f"pages of {cache.shape[1]} {cache.dtype} rows are no multiple of {sublanes}"
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"queries are {q.dtype}, not float32 or bfloat16"
-    return None
+    return why_not_pages(q, cache)

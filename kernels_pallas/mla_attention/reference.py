@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.mla_attention.mask import MASK_BITS
+from kernels_pallas._paged.mask import MASK_BITS
 
 
 def mla_attention_reference(q, cache, block_tables, limits, tree_start, tree_mask, *, value_width, scale):

@@ -108,7 +108,7 @@ def _list_kernels() -> dict[str, str]:
 
     kernels = {}
     for module in pkgutil.iter_modules(kernels_pallas.__path__):
-        if module.ispkg:
+        if module.ispkg and not module.name.startswith("_"):
             api = importlib.import_module(f"kernels_pallas.{module.name}.api")
             for table, implementations in vars(api).items():
                 if table.endswith("IMPLEMENTATIONS"):

@@ -6,9 +6,10 @@ from functools import partial
 import jax
 import pytest
 
+from kernels_pallas._paged import tpu
+from kernels_pallas._paged.sizes import count_vmem_bytes
 from kernels_pallas.mla_attention import pallas_tpu
 from kernels_pallas.mla_attention.arg_specs import ArgSpec, arg_specs
-from kernels_pallas.mla_attention.pallas_tpu import count_vmem_bytes
 from tests.aot.topology import DEFAULT_VMEM_LIMIT, GENERATIONS, compile_for
 
 pytestmark = pytest.mark.aot
@@ -23,27 +24,27 @@ def compile_spec(generation: str, spec: ArgSpec, **options) -> jax.stages.Compil
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("name", SPECS)
 def test_compiles_within_the_counted_vmem_and_copies_no_cache(generation, name, monkeypatch):
-    spec, counted, is_split = SPECS[name], [], []
+    spec, counted = SPECS[name], []
 
-    def count(*args, **kwargs):
-        is_split.append(kwargs["is_split"])
-        counted.append(count_vmem_bytes(*args, **kwargs))
-        return counted[-1]
+    def count(sizes):
+        counted.append((count_vmem_bytes(sizes), sizes.is_split))
+        return counted[-1][0]
 
-    monkeypatch.setattr(pallas_tpu, "count_vmem_bytes", count)
+    monkeypatch.setattr(tpu, "count_vmem_bytes", count)
     started = time.perf_counter()
     temporaries = compile_spec(generation, spec).memory_analysis().temp_size_in_bytes
     print(
-        f"AOT {generation} {name}: {time.perf_counter() - started:.1f} s, VMEM {counted[0] / 2**20:.2f} MiB, "
+        f"AOT {generation} {name}: {time.perf_counter() - started:.1f} s, VMEM {counted[0][0] / 2**20:.2f} MiB, "
         f"temporaries {temporaries / 1e6:.1f} MB"
     )
-    assert len(counted) == 1 and counted[0] <= DEFAULT_VMEM_LIMIT
+    [(vmem_bytes, is_split)] = counted
+    assert vmem_bytes <= DEFAULT_VMEM_LIMIT
     # At most: queries padded to whole lanes; where two cores share each context, both parts and their sum in float32
     # with the log-sum-exp in a column of 128 lanes; masks, 512 bytes a token; small arrays.
     q, cache, *_ = spec.args
     tokens, heads = q.shape[0] * q.shape[1], -(-q.shape[2] // 8) * 8
     padded_queries = tokens * heads * cache.shape[2] * q.dtype.itemsize
-    parts = 3 * tokens * heads * (spec.value_width + 128) * 4 if is_split[0] else 0
+    parts = 3 * tokens * heads * (spec.value_width + 128) * 4 if is_split else 0
     assert temporaries <= padded_queries + parts + 512 * tokens + 2**20
 
 

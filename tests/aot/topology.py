@@ -54,13 +54,16 @@ def tpu(generation: str, mesh_shape: tuple[int, ...] = (1,), axes: tuple[str, ..
         yield mesh
 
 
-def compile_for(generation: str, function: Callable, *args: jax.ShapeDtypeStruct | None) -> Compiled:
+def compile_for(
+    generation: str, function: Callable, *args: jax.ShapeDtypeStruct | None, donate: tuple[int, ...] = ()
+) -> Compiled:
     """Compile for one chip.
 
     Args:
         generation: A key of `GENERATIONS`, or the name of a topology.
         function: What to compile.
         args: Shapes of its arguments; None stays None.
+        donate: Arguments whose memory the results may take.
 
     Returns:
         The program; it cannot be called.
@@ -68,4 +71,4 @@ def compile_for(generation: str, function: Callable, *args: jax.ShapeDtypeStruct
     with tpu(generation) as mesh:
         sharding = NamedSharding(mesh, PartitionSpec())
         placed = [arg and jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=sharding) for arg in args]
-        return jax.jit(function).lower(*placed).compile()
+        return jax.jit(function, donate_argnums=donate).lower(*placed).compile()

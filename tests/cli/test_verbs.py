@@ -149,14 +149,15 @@ def test_doctor_reports_versions_devices_and_the_kernel_implementations(capsys):
     report = json.loads(capsys.readouterr().out)
     assert {"python", "jax", "ray", "numpy"} <= set(report["versions"])
     assert report["devices"]
-    assert {"mla_attention", "kv_update", "kv_update_move", "grouped_matmul"} <= set(report["kernels"])
+    assert {"mla_attention", "gqa_attention", "kv_update", "kv_update_move", "grouped_matmul"} <= set(report["kernels"])
+    assert not [name for name in report["kernels"] if name.startswith("_")]
     assert all(
         re.fullmatch(r"(xla|pallas_tpu|pallas_gpu) \(.*; can be named: .*\)", text)
         for text in report["kernels"].values()
     )
     if jax.default_backend() == "cpu":
         expected = "xla (best on cpu; can be named: reference, pallas_tpu)"
-        assert report["kernels"]["mla_attention"] == expected
+        assert report["kernels"]["mla_attention"] == report["kernels"]["gqa_attention"] == expected
     assert report["problems"] == []
     assert main(["doctor"]) == 0
     assert "problems\n  none" in capsys.readouterr().out

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # Where the simulator says whether it saw a race.
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.mla_attention import MASK_BITS, mla_attention, pallas_tpu
+from kernels_pallas._paged import sizes
+from kernels_pallas.mla_attention import MASK_BITS, mla_attention
 from kernels_pallas.mla_attention.arg_specs import arg_specs
 from kernels_pallas.mla_attention.pallas_tpu import mla_attention_pallas_tpu
 from tests.quick import quick_jit
@@ -142,7 +143,7 @@ def test_copies_and_computation_do_not_race_and_unwritten_memory_does_not_show(c
 
 
 def test_tiles_of_many_rows_are_cut(monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "MAX_ROWS", 16)
+    monkeypatch.setattr(sizes, "MAX_ROWS", 16)
     case = make_case((7, 0, 5), 4, nodes=(4, 0, 3))
     check(case, block_tokens=4 * PAGE)
 

@@ -1,0 +1,113 @@
+"""Shapes at which paged grouped-query attention is tested, compiled and measured."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What a model and its cache fix; heads are those of all devices together."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: str
+    tensor_parallel: tuple[int, ...]
+    """Degrees over which the KV heads are divided."""
+    num_pages: int
+    """Of the pool, per layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One call: as many tiles of query tokens, each with a table for so many context tokens."""
+
+    tiles: int
+    tokens: int
+    context: int
+    has_trees: bool = False
+
+
+MODELS = {
+    "tiny": Model(
+        heads=4, kv_heads=2, head_dim=64, page_size=16, dtype="float32", tensor_parallel=(1,), num_pages=65,
+    ),
+    "qwen2_72b": Model(
+        heads=64, kv_heads=8, head_dim=128, page_size=64, dtype="bfloat16", tensor_parallel=(1, 2, 4, 8),
+        num_pages=4096,
+    ),
+}  # fmt: skip
+"""4096 pages of 64 rows are 1.07 GB a layer, 86 GB over Qwen2-72B's 80 layers."""
+
+WORKS = {
+    "tiny": {
+        "decode": Work(tiles=4, tokens=1, context=128),
+        "verify": Work(tiles=3, tokens=8, context=128, has_trees=True),
+        "prefill": Work(tiles=2, tokens=16, context=128),
+    },
+    "qwen2_72b": {
+        "decode": Work(tiles=128, tokens=1, context=8192),
+        "tail": Work(tiles=4, tokens=1, context=32768),
+        "verify": Work(tiles=64, tokens=8, context=8192, has_trees=True),
+        "tail_verify": Work(tiles=4, tokens=33, context=32768, has_trees=True),
+        "prefill": Work(tiles=64, tokens=16, context=8192),
+    },
+}
+"""Tails are few long requests; 33 tokens are a newest token and the 32 draft tokens that a mask can name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArgSpec:
+    """Arguments of one call of `gqa_attention`, on one of its devices."""
+
+    model: str
+    work: str
+    tensor_parallel: int
+    args: tuple[jax.ShapeDtypeStruct | None, ...]
+    """q, cache, block_tables, limits, tree_start, tree_mask."""
+    scale: float
+
+    @property
+    def name(self) -> str:
+        """Unique among all, such as `qwen2_72b-verify-tp8`."""
+        return f"{self.model}-{self.work}-tp{self.tensor_parallel}"
+
+
+def arg_specs(model: str) -> Iterator[ArgSpec]:
+    """List the calls of a model.
+
+    Args:
+        model: A key of `MODELS`.
+
+    Yields:
+        One for every work and tensor-parallel degree.
+
+    Raises:
+        KeyError: If there is no such model.
+    """
+    of = MODELS[model]
+    for name, work in WORKS[model].items():
+        for degree in of.tensor_parallel:
+            rows, row_width = (work.tiles, work.tokens), of.kv_heads // degree * 2 * of.head_dim
+            trees = (_int((work.tiles,)), jax.ShapeDtypeStruct(rows, jnp.uint32)) if work.has_trees else (None, None)
+            yield ArgSpec(
+                model=model,
+                work=name,
+                tensor_parallel=degree,
+                args=(
+                    jax.ShapeDtypeStruct((*rows, of.heads // degree, of.head_dim), of.dtype),
+                    jax.ShapeDtypeStruct((of.num_pages, of.page_size, row_width), of.dtype),
+                    _int((work.tiles, work.context // of.page_size)),
+                    _int(rows),
+                    *trees,
+                ),
+                scale=of.head_dim**-0.5,
+            )
+
+
+def _int(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
