@@ -1,0 +1,131 @@
+"""KV that others need the pages of goes through the pool: small, damaged or full, it never costs a token."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from seer_jax.config.schema import ChaosConfig, KVPoolConfig, RolloutConfig, RunConfig
+from seer_jax.config.validate import validate
+from seer_jax.core.driver import RolloutDriver
+from seer_jax.core.errors import ConfigError
+from seer_jax.core.scheduling import make_policy
+from seer_jax.core.types import SamplingParams
+from seer_jax.engine.cluster import LocalCluster
+from seer_jax.engine.engine import Engine
+from seer_jax.engine.factory import build_engine
+from seer_jax.engine.rollout import RolloutResult, RolloutRunner
+from seer_jax.kvpool import EmbeddedKVPool
+from tests.engine import tiny
+
+SAMPLING = SamplingParams(max_tokens=40, stop_token_ids=(1, 2), seed=5)
+BLOCK_BYTES = 20 * 4 * 2 * 24 * 4
+"""KV of a long request: pages x page_size x layers x latent width x float32."""
+
+
+def roll_out(
+    pools: list[EmbeddedKVPool | None],
+    chaos: ChaosConfig | None = None,
+    *,
+    num_pages: int = 22,
+    sampling: SamplingParams = SAMPLING,
+) -> RolloutResult:
+    """Three groups of four on one instance per pool; few pages and short chunks, so that paused KV must go."""
+    config = dataclasses.replace(tiny.CONFIG, deterministic=True, num_pages=num_pages)
+    engines = [
+        Engine(tiny.MODEL, tiny.params(), config, instance_id=i, kv_pool=pool, chaos=chaos or ChaosConfig())
+        for i, pool in enumerate(pools)
+    ]
+    cluster = LocalCluster(engines)
+    settings = RolloutConfig(chunk_size=4, prefetch_chunks=0, starvation_interval=2)
+    runner = RolloutRunner(cluster, RolloutDriver(make_policy("seer", settings)))
+    result = runner.run(tiny.groups(3, 4, sampling))
+    runner.close()
+    return result
+
+
+@pytest.fixture(scope="module")
+def expected() -> RolloutResult:
+    return roll_out([None], num_pages=128)
+
+
+def check(result: RolloutResult, expected: RolloutResult) -> None:
+    assert result.stats.output_sha256 == expected.stats.output_sha256
+    for sample, same in zip(result.samples, expected.samples, strict=True):
+        assert sample.logprobs.tobytes() == same.logprobs.tobytes()
+
+
+@pytest.mark.parametrize("instances", [1, 2])
+def test_nothing_is_computed_again_while_the_pool_has_room(instances, expected):
+    assert expected.stats.imported_tokens == 0
+    result = roll_out([None] * instances)
+    check(result, expected)
+    assert result.stats.imported_tokens > 0
+    assert result.stats.re_prefilled_tokens == result.stats.blocks_lost == result.stats.spilled_bytes == 0
+
+
+def test_a_pool_with_little_memory_spills_to_disk(tmp_path, expected):
+    pool = EmbeddedKVPool(2 * BLOCK_BYTES, directory=tmp_path, max_disk_bytes=1 << 20)
+    result = roll_out([pool])
+    check(result, expected)
+    assert result.stats.spilled_bytes > 0 and result.stats.imported_tokens > 0
+    assert result.stats.re_prefilled_tokens == result.stats.blocks_lost == 0
+
+
+def test_damaged_blocks_are_noticed_and_computed_again(expected):
+    result = roll_out([None, None], ChaosConfig(corrupt_block=3))
+    check(result, expected)
+    assert result.stats.blocks_corrupt == 6 and result.stats.re_prefilled_tokens > 0
+
+
+def test_a_full_disk_costs_blocks_and_no_token(tmp_path, expected):
+    pool = EmbeddedKVPool(BLOCK_BYTES, directory=tmp_path, max_disk_bytes=1 << 20)
+    pool.fill_disk()
+    result = roll_out([pool])
+    check(result, expected)
+    assert result.stats.blocks_lost > 0 and result.stats.re_prefilled_tokens > 0 and result.stats.spilled_bytes == 0
+
+
+def test_a_pool_without_room_is_no_pool(expected):
+    result = roll_out([EmbeddedKVPool(0)])
+    check(result, expected)
+    assert result.stats.imported_tokens == 0 and result.stats.re_prefilled_tokens > 0
+
+
+def test_siblings_that_said_the_same_keep_a_block_each():
+    greedy = dataclasses.replace(SAMPLING, temperature=0.0, stop_token_ids=())
+    result = roll_out([None], sampling=greedy)
+    said = {sample.request_id.group_id: sample.token_ids.tobytes() for sample in result.samples}
+    assert all(said[s.request_id.group_id] == s.token_ids.tobytes() for s in result.samples)
+    assert result.stats.imported_tokens > 0 and result.stats.re_prefilled_tokens == 0
+
+
+def run_config(tmp_path: Path, **chaos: bool) -> RunConfig:
+    return RunConfig(
+        engine=dataclasses.replace(tiny.CONFIG, num_pages=32),
+        kvpool=KVPoolConfig(dram_mib=1, disk_mib=4, directory=str(tmp_path)),
+        chaos=ChaosConfig(**chaos),
+    )
+
+
+def test_each_place_has_a_directory_which_a_replacement_takes_over(tmp_path):
+    first = build_engine(run_config(tmp_path), tiny.MODEL, tiny.params(), instance_id=0, place=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["instance-1"]
+    with pytest.raises(ConfigError, match="directory"):
+        build_engine(run_config(tmp_path), tiny.MODEL, tiny.params(), instance_id=2, place=1)
+    first.close()
+    build_engine(run_config(tmp_path), tiny.MODEL, tiny.params(), instance_id=2, place=1).close()
+
+
+@pytest.mark.parametrize(
+    ("kvpool", "chaos", "field"),
+    [
+        ({"disk_mib": 8}, {}, r"kvpool\.directory"),
+        ({"dram_mib": -1}, {}, r"kvpool\.dram_mib"),
+        ({}, {"fill_disk": True}, r"chaos\.fill_disk"),
+        ({}, {"corrupt_block": -2}, r"chaos\.corrupt_block"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(kvpool, chaos, field):
+    with pytest.raises(ConfigError, match=field):
+        validate(RunConfig(kvpool=KVPoolConfig(**kvpool), chaos=ChaosConfig(**chaos)), training=False)
