@@ -1,5 +1,6 @@
 """What the verbs run: loads the model, starts the instances, runs the job, stops the instances."""
 
+import fcntl
 import os
 import sys
 import time
@@ -17,6 +18,8 @@ import numpy as np
 from rich.console import Console
 
 from seer_jax.cli.options import RolloutOptions, TrainOptions
+from seer_jax.config.decode import iterate_settings
+from seer_jax.config.presets import load_config as load_settings
 from seer_jax.config.presets import resolve_preset_path
 from seer_jax.config.schema import RunConfig
 from seer_jax.core.commands import Command
@@ -35,7 +38,7 @@ from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import Params, decoder_specs
 from seer_jax.obs.metrics import MetricsWriter, truncate_metrics
 from seer_jax.obs.progress import ProgressDisplay
-from seer_jax.obs.run_dir import EVENTS_FILE, METRICS_FILE, create_run_dir
+from seer_jax.obs.run_dir import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, create_run_dir
 from seer_jax.obs.tables import print_summary
 from seer_jax.obs.trace import RolloutRecorder, write_trace
 from seer_jax.sharding import check_divisible
@@ -50,6 +53,11 @@ SAMPLES_FILE = "samples.jsonl"
 EXPERT_IDS_FILE = "expert_ids.npz"
 """Beside the samples, with `engine.expert_ids`: an array `<group id>-<index>` for each (`core.types.Sample`)."""
 MODEL_DIRECTORY = "model"
+CHANGEABLE = (
+    "rollout.instances", "rollout.runtime", "rollout.instance_timeout_s", "rollout.max_replacements", "kvpool.",
+    "chaos.", "run_dir",
+)  # fmt: skip
+"""Settings, or how they begin, that a resumed rollout may have otherwise than it began with."""
 PROFILE_REPEATS = 50
 """Runs of every program of which `seer-jax profile` takes the fastest."""
 
@@ -93,7 +101,9 @@ def train(config: RunConfig, options: TrainOptions) -> dict[str, Any]:
 
         run = TrainingRun(
             config,
-            runner=RolloutRunner(cluster, _make_driver(config.rollout.policy, config), on_event=display.on_event),
+            runner=RolloutRunner(
+                cluster, _make_driver(config.rollout.policy, config), on_event=display.on_event, chaos=config.chaos
+            ),
             learner=learner,
             task=task,
             run_dir=options.run_dir,
@@ -120,7 +130,7 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
     prompts = dict(enumerate(task.make_prompts(config.seed, "train", config.rollout.num_groups)))
     sampling = make_sampling(config, stop_token_ids(config, model_config))
     groups = make_groups(prompts, config.rollout.group_size, sampling, iteration=0)
-    history = _read_history(options.run_dir, options.variants[0][0]) if options.resume else []
+    history = _read_history(options.run_dir, config) if options.resume else []
     create_run_dir(options.run_dir, config, resume=options.resume)
     directories = [options.run_dir / f"{index}-{policy}" for index, (policy, _) in enumerate(options.variants)]
     for directory in directories:
@@ -150,6 +160,7 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
                         fired["replayed_events"] = len(history)
                     runs.append({"policy": policy, "speculation": mode, **asdict(result.stats), **lengths, **fired})
                     metrics.write({"kind": "rollout", **runs[-1]})
+                    _write_samples(directories[index] / SAMPLES_FILE, result.samples)
     if options.trace is not None:
         spans = [span for recorder in recorders for span in recorder.spans]
         write_trace(options.trace, spans, [counter for recorder in recorders for counter in recorder.counters()])
@@ -201,36 +212,45 @@ def _roll_out_once(
     directory: Path,
     watchers: Sequence[Callable[[float, Event, Sequence[Command]], None]],
 ) -> RolloutResult:
-    """One timed rollout, or the rest of one; its event log and its samples.
+    """One timed rollout, or the rest of one, and its event log.
 
     An event is in the log before anything follows from it, so that a rollout can go on if this process dies.
     """
-    with MetricsWriter(directory / EVENTS_FILE) as log:
+    path = directory / EVENTS_FILE
+    with MetricsWriter(path) as log, path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # While this process lives, nobody resumes it.
 
         def on_event(elapsed_s: float, event: Event, commands: Sequence[Command]) -> None:
             log.write(encode_event(event))
             for watch in watchers:
                 watch(elapsed_s, event, commands)
 
-        result = make_runner(on_event=on_event).run(groups)
-    _write_samples(directory / SAMPLES_FILE, result.samples)
-    return result
+        return make_runner(on_event=on_event).run(groups)
 
 
-def _read_history(run_dir: Path, policy: str) -> list[Event]:
-    """Events of the one rollout in a directory; what its process was writing when it died is cut off."""
-    directories = sorted(run_dir.glob("[0-9]*-*"))
-    if len(directories) > 1:
+def _read_history(run_dir: Path, config: RunConfig) -> list[Event]:
+    """Events of the one rollout in a directory; what its process was writing when it died is cut off.
+
+    Raises:
+        ConfigError: If it has ended or still runs, is one of several, or was of settings that mean other tokens.
+    """
+    if len(list(run_dir.glob("[0-9]*-*"))) > 1:
         raise ConfigError("resume", f"{str(run_dir)!r} holds several rollouts", "start them anew, without --resume")
-    if directories and directories[0].name != f"0-{policy}":
-        raise ConfigError("resume", f"the policy was {directories[0].name[2:]!r}", "leave out --policy")
-    directory = run_dir / f"0-{policy}"
+    before = dict(iterate_settings(load_settings(str(run_dir / CONFIG_FILE))))
+    for path, value in iterate_settings(config):
+        if value != before[path] and not path.startswith(CHANGEABLE):
+            raise ConfigError(path, f"was {before[path]!r} when the rollout began, not {value!r}", "leave it out")
+    directory = run_dir / f"0-{config.rollout.policy}"
     if (directory / SAMPLES_FILE).exists():
         raise ConfigError("resume", f"the rollout in {str(run_dir)!r} is finished", f"its responses: {SAMPLES_FILE}")
     log = directory / EVENTS_FILE
     if not log.exists():
         return []
     with log.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError("resume", f"the rollout in {str(run_dir)!r} still runs", "wait for it") from error
         whole = file.read()
         whole = whole[: whole.rfind(b"\n") + 1]
         file.truncate(len(whole))
@@ -238,8 +258,16 @@ def _read_history(run_dir: Path, policy: str) -> list[Event]:
 
 
 def _write_samples(file: Path, samples: list[Sample]) -> None:
-    """One JSON object a line: prompt and response as text and tokens; expert ids, if any, in a file beside."""
-    with MetricsWriter(file) as writer:
+    """One JSON object a line: prompt and response as text and tokens; expert ids, if any, in a file beside.
+
+    The samples' file appears last and whole: a rollout that has it has ended.
+    """
+    experts = {f"{s.request_id.group_id}-{s.request_id.index}": s.expert_ids for s in samples}
+    if all(ids is not None for ids in experts.values()):
+        np.savez_compressed(file.with_name(EXPERT_IDS_FILE), **experts)
+    unfinished = file.with_suffix(".tmp")
+    unfinished.unlink(missing_ok=True)
+    with MetricsWriter(unfinished) as writer:
         for sample in samples:
             writer.write(
                 {
@@ -254,9 +282,7 @@ def _write_samples(file: Path, samples: list[Sample]) -> None:
                     "logprobs": sample.logprobs.tolist(),
                 }
             )
-    experts = {f"{s.request_id.group_id}-{s.request_id.index}": s.expert_ids for s in samples}
-    if all(ids is not None for ids in experts.values()):
-        np.savez_compressed(file.with_name(EXPERT_IDS_FILE), **experts)
+    unfinished.replace(file)
 
 
 def _load(config: RunConfig) -> tuple[Task, DecoderConfig, Params]:
@@ -291,6 +317,9 @@ def _open_cluster(
     if config.speculation.profile is not None:  # Actors have a working directory of their own.
         profile_path = str(Path(config.speculation.profile).expanduser().resolve())
         config = replace(config, speculation=replace(config.speculation, profile=profile_path))
+    if config.kvpool.directory is not None:
+        pool_path = str(Path(config.kvpool.directory).expanduser().resolve())
+        config = replace(config, kvpool=replace(config.kvpool, directory=pool_path))
     cluster = start(config, model_config, params, first_instance_id=first_instance_id)
     try:
         yield cluster

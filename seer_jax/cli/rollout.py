@@ -1,7 +1,7 @@
 """`seer-jax rollout`: one iteration's responses, and how fast the scheduling got them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -57,6 +57,11 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = parse_job(RolloutArguments, argv, prog="seer-jax rollout")
     variants = _list_variants(arguments)
+    if len(variants) == 1:  # What its directory says it is.
+        [(policy, mode)] = variants
+        run = arguments.run
+        run = replace(run, rollout=replace(run.rollout, policy=policy), speculation=replace(run.speculation, mode=mode))
+        arguments = replace(arguments, run=run)
     validate(arguments.run, training=False)
     if arguments.run.speculation.memory_tokens:
         problem = f"is {arguments.run.speculation.memory_tokens}, but a rollout has no earlier iteration"

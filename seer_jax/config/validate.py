@@ -73,7 +73,7 @@ ABOVE_ZERO = (
 
 MAX_DRAFT_TOKENS = 32
 """Bits of a node's mask of ancestors: `kernels_pallas.mla_attention.MASK_BITS`, which this layer must not import."""
-MAX_DROP_SHARE = 0.9
+MAX_DROP_SHARE = 0.5
 RESERVED_PAGES = 1
 """Page 0 takes the writes of padding rows and is never handed out."""
 
@@ -108,12 +108,14 @@ def _check_ranges(config: RunConfig) -> None:
         problem = f"is {config.sharding.data}, but rows and cache of an instance are not split over it yet"
         raise ConfigError("sharding.data", problem, "raise rollout.instances instead")
     if config.chaos.drop_message > MAX_DROP_SHARE:
-        problem = f"is {config.chaos.drop_message}: next to nothing would arrive"
+        problem = f"is {config.chaos.drop_message}: too little would arrive in time"
         raise ConfigError("chaos.drop_message", problem, f"a share of at most {MAX_DROP_SHARE}")
     if config.chaos.drop_message and config.rollout.runtime == "local":
         raise ConfigError("chaos.drop_message", "there are no messages with --runtime local", "use --runtime ray")
     if config.kvpool.disk_mib and config.kvpool.directory is None:
         raise ConfigError("kvpool.directory", f"is null, but kvpool.disk_mib={config.kvpool.disk_mib}", "name one")
+    if config.kvpool.directory is not None and not config.kvpool.disk_mib:
+        raise ConfigError("kvpool.disk_mib", f"is 0, but kvpool.directory={config.kvpool.directory!r}", "give a size")
     if config.chaos.fill_disk and not config.kvpool.disk_mib:
         raise ConfigError("chaos.fill_disk", "there is no disk to fill", "give --kvpool.disk-mib and .directory")
     if config.sampling.top_p > 1:

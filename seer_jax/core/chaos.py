@@ -18,6 +18,9 @@ class Chaos:
         self._config = config
         self._rng = random.Random(config.seed)
         self._kill_at: list[int] = []
+        self._killed: set[int] = set()
+        self.num_dropped = 0
+        """Messages lost so far."""
 
     def start(self, num_requests: int) -> None:
         """Choose after how many finished requests instances are killed.
@@ -35,17 +38,24 @@ class Chaos:
             num_finished: Requests finished so far.
             loads: Live instances and what is in flight there.
         """
-        busy = [instance_id for instance_id, load in loads.items() if load.in_flight]
+        # One that was killed stays among the loads until its loss is noticed.
+        busy = [
+            instance_id for instance_id, load in loads.items() if load.in_flight and instance_id not in self._killed
+        ]
         if not busy or not self._kill_at or num_finished < self._kill_at[0]:
             return []
         self._kill_at.pop(0)
-        return [self._rng.choice(busy)]
+        victim = self._rng.choice(busy)
+        self._killed.add(victim)
+        return [victim]
 
     def drops_message(self) -> bool:
         """Whether the message in hand is lost."""
-        return self._config.drop_message > 0 and self._rng.random() < self._config.drop_message
+        is_lost = self._config.drop_message > 0 and self._rng.random() < self._config.drop_message
+        self.num_dropped += is_lost
+        return is_lost
 
 
-def delay_s(config: ChaosConfig, instance_id: int, step_s: float) -> float:
-    """Seconds that an instance is to idle after a step of `step_s`; the first instance is the slow one."""
-    return (config.slow_instance - 1) * step_s if instance_id == 0 else 0.0
+def delay_s(config: ChaosConfig, place: int, step_s: float) -> float:
+    """Seconds that the instance in a place is to idle after a step of `step_s`; the one in the first is slow."""
+    return (config.slow_instance - 1) * step_s if place == 0 else 0.0

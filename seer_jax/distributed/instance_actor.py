@@ -85,7 +85,9 @@ class InstanceActor:
         self._inbox: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
         self._happened: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._mailbox = Mailbox(self._take, self._collect)
-        self._chaos = config.chaos
+        self._chaos, self._place = config.chaos, place
+        # A peer that hangs must not make this instance look silent.
+        self._fetch_timeout_s = min(FETCH_TIMEOUT_S, config.rollout.instance_timeout_s / 4)
         self._is_urgent = threading.Event()
         self._many_queued = max(1, config.rollout.prefetch_chunks // 2)
         self._transfers = ThreadPoolExecutor(2, "transfers")
@@ -161,7 +163,7 @@ class InstanceActor:
             started = time.monotonic()
             finished = engine.step()
             if self._chaos.slow_instance > 1:
-                time.sleep(delay_s(self._chaos, engine.info.instance_id, time.monotonic() - started))
+                time.sleep(delay_s(self._chaos, self._place, time.monotonic() - started))
             if finished or time.monotonic() - reported > REPORT_INTERVAL_S:
                 # Before the chunks it counts: the last chunk ends the iteration, and a later report would leak into
                 # the next one.
@@ -186,7 +188,7 @@ class InstanceActor:
         moved, peer = None, self._peers.get(chunk.kv.ref)
         try:
             if peer is not None:
-                moved = ray.get(peer.take_kv.remote(chunk.request_id), timeout=FETCH_TIMEOUT_S)
+                moved = ray.get(peer.take_kv.remote(chunk.request_id), timeout=self._fetch_timeout_s)
         except RayError as error:
             logging.warning("Instance %s does not give KV: %s", chunk.kv.ref, error)
         if moved is None:

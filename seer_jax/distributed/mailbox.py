@@ -55,12 +55,15 @@ class Mailbox:
         """Receive, then answer; again with the same answer if the number is that of the last poll.
 
         Args:
-            number: One more than the last poll's, or the last poll's.
+            number: One more than the last poll's; the last poll's again; or, if it comes late, an older one, which
+                nobody waits for any more.
             batches: All messages that the controller has no receipt for.
         """
         self.receive(batches)
         with self._answering:
-            if number != self._last_poll:
+            if number < self._last_poll:
+                return Answer([], ())
+            if number > self._last_poll:
                 self._answer = Answer(self._collect(), ())
                 self._last_poll = number
             return self._answer._replace(receipts=tuple(batches))

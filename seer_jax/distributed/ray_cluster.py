@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from seer_jax.config.schema import RunConfig, num_mesh_devices
 from seer_jax.core.chaos import Chaos
@@ -25,6 +25,12 @@ from seer_jax.distributed.mailbox import Outbox
 JAX_PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
 """Modules of which one must be installed for JAX to use the accelerator."""
 FLUSH_TIMEOUT_S = 30.0
+WEIGHTS_TIMEOUT_S = 600.0
+"""Longest that an instance may take for new weights, unless `rollout.instance_timeout_s` is longer."""
+START_TIMEOUT_S = 1800.0
+"""The same for a replacement to start and compile."""
+MISTAKES = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")
+"""What XLA says of programs that no other instance could run either."""
 WATCH_INTERVAL_S = 1.0
 """How often silent instances are looked for at least."""
 
@@ -77,6 +83,7 @@ class RayCluster:
         self._owns_ray = not ray.is_initialized()
         self._next_id = first_instance_id
         self._num_replaced = 0
+        self._last_cause = "none"
         self._policy_version = 0
         self._instances: dict[int, Instance] = {}
         self._polls: dict[Any, Instance] = {}
@@ -128,8 +135,10 @@ class RayCluster:
         started = [(i, i.actor.start_iteration.remote(policy_version, weights)) for i in self._instances.values()]
         for instance, ref in started:
             try:
-                ray.get(ref, timeout=self._config.rollout.instance_timeout_s)
-            except (RayActorError, GetTimeoutError):
+                ray.get(ref, timeout=max(WEIGHTS_TIMEOUT_S, self._config.rollout.instance_timeout_s))
+            except RayError as error:
+                if not _is_loss(error):
+                    raise
                 # Dead, hung, or out of reach and then without these weights; its poll fails, and `wait` reports it.
                 ray.kill(instance.actor)
 
@@ -155,20 +164,26 @@ class RayCluster:
             InstanceLostError: If the loss of every instance has been reported already, and none is to come.
         """
         if not self._instances and not self._starting:
-            raise InstanceLostError("all instances are lost")
+            raise InstanceLostError(f"all instances are lost; the last cause: {self._last_cause}")
         polled = set(self._polls.values())
         for instance in self._instances.values():
             if instance not in polled:
                 self._poll(instance)
-        ready, _ = ray.wait([*self._polls, *self._starting], num_returns=1, timeout=WATCH_INTERVAL_S)
+        calls = [*self._starting, *self._polls]
+        ray.wait(calls, num_returns=1, timeout=WATCH_INTERVAL_S)
+        # All that is there, or one that answered long ago would pass for silent after a stall of this process.
+        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
         events: list[Event] = []
         for ref in ready:
             events += self._open(ref) if ref in self._polls else self._go_on_starting(ref)
-        oldest = time.monotonic() - self._config.rollout.instance_timeout_s
+        now = time.monotonic()
         for instance in list(self._instances.values()):
-            if instance.outbox.num_in_flight and instance.heard < oldest:
-                logging.warning("Instance %d is silent and taken for dead", instance.instance_id)
-                events += self._lose(instance)
+            if instance.outbox.num_in_flight and now - instance.heard > self._config.rollout.instance_timeout_s:
+                events += self._lose(instance, f"it was silent for {now - instance.heard:.0f} s")
+        for ref, instance in list(self._starting.items()):
+            if now - instance.heard > START_TIMEOUT_S:
+                del self._starting[ref]
+                self._replace(instance, f"it did not start within {START_TIMEOUT_S:.0f} s")
         return events
 
     def kill(self, instance_id: int) -> None:
@@ -202,8 +217,9 @@ class RayCluster:
         instance = self._starting.pop(ref)
         try:
             result = ray.get(ref)
-        except (RayActorError, ObjectLostError):
-            self._replace(instance)
+        except RayError as error:
+            # Whatever it is, the others can go on; that it happens again is what `max_replacements` is for.
+            self._replace(instance, error)
             return []
         is_built = instance.info is None
         if is_built:
@@ -222,15 +238,12 @@ class RayCluster:
         instance = self._polls.pop(ref)
         try:
             answer = ray.get(ref)
-        except RayActorError:
-            return self._lose(instance)
         except ObjectLostError:
             return []  # The next poll asks again.
-        except RayTaskError as error:
-            if not isinstance(error.cause, jax.errors.JaxRuntimeError):
+        except RayError as error:
+            if not _is_loss(error):
                 raise
-            logging.warning("The device of instance %d failed: %s", instance.instance_id, error.cause)
-            return self._lose(instance)
+            return self._lose(instance, error)
         if self._chaos.drops_message():
             return []
         events = instance.outbox.open(answer)
@@ -238,15 +251,19 @@ class RayCluster:
             instance.heard = time.monotonic()
         return events
 
-    def _lose(self, instance: Instance) -> list[Event]:
-        ray.kill(instance.actor)
+    def _lose(self, instance: Instance, cause: Any) -> list[Event]:
         del self._instances[instance.instance_id]
         self._polls = {ref: other for ref, other in self._polls.items() if other is not instance}
-        self._replace(instance)
+        self._replace(instance, cause)
         return [InstanceLost(instance_id=instance.instance_id)]
 
-    def _replace(self, instance: Instance) -> None:
-        if self._num_replaced < self._config.rollout.max_replacements:
+    def _replace(self, instance: Instance, cause: Any) -> None:
+        """Make sure that an actor is gone, and start another in its place while there may be one."""
+        ray.kill(instance.actor)
+        self._last_cause = str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
+        left = self._config.rollout.max_replacements - self._num_replaced
+        logging.warning("Instance %d is lost; replacements left: %d; %s", instance.instance_id, left, self._last_cause)
+        if left > 0:
             self._num_replaced += 1
             self._start(instance.place)
 
@@ -260,6 +277,14 @@ class RayCluster:
         number, batches = instance.outbox.next_poll()
         if not self._chaos.drops_message():
             self._polls[instance.actor.poll.remote(number, batches)] = instance
+
+
+def _is_loss(error: RayError) -> bool:
+    """Whether a failed call means that its instance is gone; if not, it is a mistake, and the run ends with it."""
+    if not isinstance(error, RayTaskError):
+        return True
+    is_device = isinstance(error.cause, jax.errors.JaxRuntimeError)
+    return is_device and not any(status in str(error.cause) for status in MISTAKES)
 
 
 def start_ray() -> None:

@@ -57,6 +57,7 @@ class LocalCluster:
         speculation: SpeculationConfig = NO_SPECULATION,
         *,
         build: Callable[[int, int, Mapping[str, Any]], Engine] | None = None,
+        max_replacements: int = 0,
         chaos: ChaosConfig = NO_CHAOS,
     ) -> None:
         """Take over engines, and let those that draft from their groups share what they said.
@@ -65,10 +66,11 @@ class LocalCluster:
             engines: Warmed up.
             speculation: That of the engines.
             build: Makes the engine that takes the place of one that was killed, from that place, its own id and the
-                weights; None: there are no replacements.
+                weights.
+            max_replacements: How many there may be.
             chaos: Faults.
         """
-        self._build, self._chaos = build, chaos
+        self._build, self._num_replacements, self._chaos = build, max_replacements, chaos
         self._pending: list[Event] = []
         self._places = {engine.info.instance_id: place for place, engine in enumerate(engines)}
         self._next_id = 1 + max(self._places)
@@ -110,13 +112,14 @@ class LocalCluster:
 
     def wait(self) -> list[Event]:
         """See `Cluster`: run one dispatch on every instance that has work."""
-        events = [self._pending.pop(0)] if self._pending else []
+        events = [event for event in self._pending if isinstance(event, InstanceLost)] or self._pending
+        self._pending = [event for event in self._pending if event not in events]
         for engine in self._engines.values():
             if engine.has_work:
                 started = time.monotonic()
                 events += engine.step()
                 if self._chaos.slow_instance > 1:
-                    time.sleep(delay_s(self._chaos, engine.info.instance_id, time.monotonic() - started))
+                    time.sleep(delay_s(self._chaos, self._places[engine.info.instance_id], time.monotonic() - started))
                 events.append(InstanceReport(status=engine.status()))
         if self._draft_server is not None and time.monotonic() - self._synced > self._sync_interval_s:
             self._synced = time.monotonic()
@@ -128,8 +131,9 @@ class LocalCluster:
         dead, place = self._engines.pop(instance_id), self._places[instance_id]
         dead.close()
         self._pending.append(InstanceLost(instance_id=instance_id))
-        if self._build is None:
+        if self._build is None or not self._num_replacements:
             return
+        self._num_replacements -= 1
         engine = self._build(place, self._next_id, dead.params)
         engine.start_iteration(dead.policy_version)
         self._engines[self._next_id], self._places[self._next_id] = engine, place

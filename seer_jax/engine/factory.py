@@ -7,13 +7,12 @@ from typing import Any
 import jax
 
 from seer_jax.config.schema import RunConfig, num_mesh_devices
+from seer_jax.core.errors import ConfigError
 from seer_jax.engine.cluster import LocalCluster
 from seer_jax.engine.engine import Engine
 from seer_jax.kvpool import EmbeddedKVPool
 from seer_jax.models.config import DecoderConfig
 from seer_jax.sharding import make_mesh
-
-LAST_EPOCH = 2**62
 
 
 def build_engine(
@@ -58,9 +57,15 @@ def _open_pool(config: RunConfig, place: int) -> EmbeddedKVPool:
     if not settings.disk_mib:
         return EmbeddedKVPool(settings.dram_mib << 20)
     directory = Path(settings.directory).expanduser() / f"instance-{place}"
-    pool = EmbeddedKVPool(settings.dram_mib << 20, directory=directory, max_disk_bytes=settings.disk_mib << 20)
-    # What another run left is of other weights, whatever it says of its epoch.
-    pool.drop_epochs_before(LAST_EPOCH)
+    try:
+        # What another run left there is of other weights, whatever it says of its epoch.
+        pool = EmbeddedKVPool(
+            settings.dram_mib << 20, directory=directory, max_disk_bytes=settings.disk_mib << 20, keeps_files=False
+        )
+    except OSError as error:
+        raise ConfigError("kvpool.directory", f"cannot use {str(directory)!r}: {error.strerror}") from error
+    except ConfigError as error:
+        raise ConfigError(f"kvpool.{error.path}", error.message, error.hint) from error
     if config.chaos.fill_disk:
         pool.fill_disk()
     return pool
@@ -85,8 +90,13 @@ def build_local_cluster(
         return build_engine(config, model_config, weights, instance_id=instance_id, place=place, first_device=first)
 
     engines = [build(place, first_instance_id + place, params) for place in range(config.rollout.instances)]
-    replaces = config.rollout.max_replacements > 0
-    return LocalCluster(engines, config.speculation, build=build if replaces else None, chaos=config.chaos)
+    return LocalCluster(
+        engines,
+        config.speculation,
+        build=build,
+        max_replacements=config.rollout.max_replacements,
+        chaos=config.chaos,
+    )
 
 
 def enable_compilation_cache(directory: str | None) -> None:

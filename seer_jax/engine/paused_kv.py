@@ -1,12 +1,12 @@
 """KV of paused requests that leaves its pages: to the pool, to other instances, and back.
 
-Copies run on the device's own queue and on a thread beside the engine's, which waits only for what it needs now.
+Copies run on the device's own queue and on threads beside the engine's, which waits only for what it needs now.
 """
 
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ from seer_jax.core.types import RequestId
 from seer_jax.engine.kv_transfer import HostKV, KVTransfer
 from seer_jax.kvpool import BlockKey, KVPool, PoolStats, Status, block_key
 
+BLOCK_BYTES = 16 << 20
+"""Size of the pool's blocks at most, unless a single page is larger: large enough to cost no time but the copy's."""
 MAX_SAVES = 4
 """Exports on their way to the pool at most, since each of them holds memory of its own; one more waits."""
 
@@ -28,7 +30,7 @@ MAX_SAVES = 4
 class Saved:
     """One request's KV in the pool, or on its way there or back."""
 
-    key: BlockKey
+    keys: list[BlockKey]
     num_tokens: int
     policy_version: int
     put: Future[tuple[tuple[int, ...], np.dtype]]
@@ -58,7 +60,8 @@ class PausedKV:
         """
         self.wait_s = 0.0
         self._planner, self._transfer, self._pool, self._layout = planner, transfer, pool, layout
-        self._thread = ThreadPoolExecutor(1, "paused-kv")
+        # Apart, since a put may wait for the pool's disk, and the engine for what is fetched.
+        self._putting, self._fetching = (ThreadPoolExecutor(1, f"kv-{name}") for name in ("put", "fetch"))
         self._saved: dict[RequestId, Saved] = {}
         self._chaos, self._num_to_corrupt = chaos, chaos.corrupt_block
         self._before = pool.stats()
@@ -73,16 +76,20 @@ class PausedKV:
             export = self._transfer.export_pages(caches, parked.pages)
             # Its own block, even where a sibling has said the same: it is dropped when this request has it back.
             owner = f"{request_id.group_id}/{request_id.index}".encode()
-            key = block_key(None, parked.token_ids, epoch=policy_version, layout=self._layout + owner)
-            put = self._thread.submit(self._put, key, export, len(parked.pages))
-            self._saved[request_id] = Saved(key, len(parked.token_ids), policy_version, put)
+            step = _pages_per_block(export) * self._planner.pool.page_size
+            keys: list[BlockKey] = []
+            for start in range(0, len(parked.token_ids), step):
+                parent, tokens = keys[-1] if keys else None, parked.token_ids[start : start + step]
+                keys.append(block_key(parent, tokens, epoch=policy_version, layout=self._layout + owner))
+            put = self._putting.submit(self._put, keys, export, len(parked.pages))
+            self._saved[request_id] = Saved(keys, len(parked.token_ids), policy_version, put)
         self._planner.evicted.clear()
 
     def prefetch(self, request_id: RequestId) -> None:
         """Start to bring a request's KV back from the pool, while its next chunk waits for a slot."""
         saved = self._saved.get(request_id)
         if saved is not None and saved.fetch is None:
-            saved.fetch = self._thread.submit(self._fetch, saved)
+            saved.fetch = self._fetching.submit(self._fetch, saved)
 
     def begin_take(
         self, request_id: RequestId, caches: list[jax.Array], policy_version: int
@@ -119,6 +126,8 @@ class PausedKV:
             caches = self._transfer.import_pages(caches, pages, kv.pages)
         except TransferError:
             return caches
+        # Nobody else may hold the host's copy for as long as the chunk runs.
+        sequence.chunk = replace(sequence.chunk, kv=replace(handle, ref=None))
         sequence.note_kv(kv.num_tokens)
         self._planner.num_imported_tokens += sequence.num_computed
         return caches
@@ -127,13 +136,14 @@ class PausedKV:
         """Forget what the pool has of a request."""
         saved = self._saved.pop(request_id, None)
         if saved is not None:
-            self._thread.submit(self._pool.drop, [saved.key])
+            self._putting.submit(self._pool.drop, saved.keys)
 
     def clear(self) -> None:
         """Forget all KV in the pool and begin to count anew."""
         for request_id in list(self._saved):
             self.drop(request_id)
-        self._thread.submit(int).result()  # Whatever was on its way has arrived.
+        for thread in (self._putting, self._fetching):
+            thread.submit(int).result()  # Whatever was on its way has arrived.
         self.wait_s, self._before = 0.0, self._pool.stats()
         self._num_to_corrupt = self._chaos.corrupt_block
 
@@ -142,8 +152,9 @@ class PausedKV:
         return self._pool.stats().since(self._before)
 
     def close(self) -> None:
-        """Stop the thread and close the pool."""
-        self._thread.shutdown()
+        """Stop the threads and close the pool."""
+        self._putting.shutdown()
+        self._fetching.shutdown()
         self._pool.close()
 
     def _take_saved(self, request_id: RequestId) -> Future[HostKV | None] | None:
@@ -157,18 +168,28 @@ class PausedKV:
         self.wait_s += time.perf_counter() - started
         return value
 
-    def _put(self, key: BlockKey, export: jax.Array, num_pages: int) -> tuple[tuple[int, ...], np.dtype]:
+    def _put(self, keys: list[BlockKey], export: jax.Array, num_pages: int) -> tuple[tuple[int, ...], np.dtype]:
         pages = np.asarray(export)[:num_pages]
-        [status] = self._pool.put_blocks([key], [pages])
-        if status is Status.STORED and self._num_to_corrupt and self._pool.flip_bit(key):
+        self._pool.put_blocks(keys, _cut(pages))
+        if self._num_to_corrupt and self._pool.flip_bit(keys[0]):
             self._num_to_corrupt -= 1
         return pages.shape, pages.dtype
 
     def _fetch(self, saved: Saved) -> HostKV | None:
         shape, dtype = saved.put.result()
         pages = np.empty(shape, dtype)
-        [status] = self._pool.get_blocks([saved.key], [pages])
-        self._pool.drop([saved.key])
-        if status is not Status.HIT:
+        statuses = self._pool.get_blocks(saved.keys, _cut(pages))
+        self._pool.drop(saved.keys)
+        if any(status is not Status.HIT for status in statuses):
             return None
         return HostKV(pages=pages, num_tokens=saved.num_tokens, policy_version=saved.policy_version)
+
+
+def _pages_per_block(pages: jax.Array | np.ndarray) -> int:
+    return max(1, BLOCK_BYTES * len(pages) // pages.nbytes)
+
+
+def _cut(pages: np.ndarray) -> list[np.ndarray]:
+    """Views of the pages of each block."""
+    each = _pages_per_block(pages)
+    return [pages[start : start + each] for start in range(0, len(pages), each)]

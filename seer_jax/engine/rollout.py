@@ -119,6 +119,7 @@ class RolloutRunner:
             self._commands += self._handle(InstanceJoined(info=info, policy_version=policy_version))
         for instance_id in gone:
             self._commands += self._handle(InstanceLost(instance_id=instance_id))
+        self._num_lost = self._num_resumed = 0  # The old ones did not die in what is to come.
 
     def run(
         self, groups: Sequence[RolloutGroup], *, policy_version: int = 0, get_params: Callable[[], Any] | None = None
@@ -145,7 +146,11 @@ class RolloutRunner:
         self._started = started = time.perf_counter()
         statuses: dict[int, InstanceStatus] = {}
         samples, commands, self._samples, self._commands = self._samples, self._commands, [], []
-        finish_times = [0.0] * len(samples)
+        finish_times: list[float] = []
+        known_tokens = sum(len(sample.token_ids) for sample in samples) + sum(
+            request.num_generated
+            for request in (*self._driver.buffer.waiting.values(), *self._driver.buffer.running.values())
+        )
         self._chaos.start(sum(group.group_size for group in groups))
         if not samples and not self._driver.buffer:
             commands = self._submit(groups, policy_version)
@@ -175,6 +180,7 @@ class RolloutRunner:
             finish_times,
             statuses.values(),
             time.perf_counter() - started,
+            known_tokens=known_tokens,
             instances_lost=self._num_lost,
             chunks_resumed=self._num_resumed,
         )
@@ -213,10 +219,11 @@ def summarize(
     statuses: Iterable[InstanceStatus],
     rollout_time_s: float,
     *,
+    known_tokens: int = 0,
     instances_lost: int = 0,
     chunks_resumed: int = 0,
 ) -> RolloutStats:
-    """Figures of a finished rollout."""
+    """Figures of a finished rollout; of a resumed one, speed and tail are of what was left to do."""
     statuses = list(statuses)
     generated = sum(len(sample.token_ids) for sample in samples)
     busy_s = sum(s.host_time_s + s.device_time_s for s in statuses)
@@ -225,8 +232,8 @@ def summarize(
         num_requests=len(samples),
         generated_tokens=generated,
         rollout_time_s=rollout_time_s,
-        tokens_per_s=generated / rollout_time_s,
-        tail_time_s=tail_time_s(finish_times, rollout_time_s),
+        tokens_per_s=(generated - known_tokens) / rollout_time_s,
+        tail_time_s=tail_time_s(finish_times, rollout_time_s) if finish_times else 0.0,
         num_preemptions=sum(s.num_preemptions for s in statuses),
         num_chunks=sum(sample.num_chunks for sample in samples),
         prefilled_tokens=sum(s.num_prefilled_tokens for s in statuses),

@@ -38,6 +38,7 @@ class EmbeddedKVPool:
         directory: str | os.PathLike | None = None,
         max_disk_bytes: int = 0,
         segment_bytes: int | None = None,
+        keeps_files: bool = True,
         put_timeout_s: float = 10.0,
     ) -> None:
         """Open the pool and find the blocks that an earlier one left in `directory`.
@@ -47,6 +48,7 @@ class EmbeddedKVPool:
             directory: For segment files; None = DRAM only.
             max_disk_bytes: Most bytes of all files.
             segment_bytes: Length of a file, more only if a single block is; None = 1/64 of the disk.
+            keeps_files: Whether files outlive pools: else those that are there are deleted, and its own by `close`.
             put_timeout_s: Longest that putting one block waits for memory.
 
         Raises:
@@ -57,6 +59,7 @@ class EmbeddedKVPool:
             raise ConfigError("max_dram_bytes", f"is {max_dram_bytes}, must not be negative")
         self._max_disk_bytes, self._put_timeout_s = max_disk_bytes, put_timeout_s
         self._spiller: Spiller | None = None
+        self._keeps_files = keeps_files
         files = None
         if directory is not None:
             segment_bytes = segment_bytes or max(MIN_SEGMENT_BYTES, max_disk_bytes // 64)
@@ -68,7 +71,7 @@ class EmbeddedKVPool:
         self._index = Index(Arena(max_dram_bytes), files)
         if files is not None:
             try:
-                for header, place in files.recover(max_disk_bytes - segment_bytes):
+                for header, place in files.recover(max_disk_bytes - segment_bytes if keeps_files else 0):
                     self._adopt(header, place)
             except BaseException:
                 files.close()
@@ -171,7 +174,10 @@ class EmbeddedKVPool:
             self._spiller.join()
         with index.changed:
             if index.files is not None:
+                paths = [segment.path for segment in index.files.segments]
                 index.files.close()
+                for path in () if self._keeps_files else paths:
+                    path.unlink(missing_ok=True)
             index.clear()
 
     def flip_bit(self, key: BlockKey, bit: int = 0) -> bool:

@@ -66,8 +66,11 @@ def test_a_killed_rollout_is_resumed_with_the_same_tokens(capsys, tmp_path) -> N
     expected = run(capsys, "rollout", "--run-dir", str(tmp_path / "whole"), *SMALL)
     run_dir = tmp_path / "killed"
     num_events = roll_out_and_die(run_dir, 15)
-    assert "policy was 'seer'" in fail(capsys, "rollout", "--resume", str(run_dir), "--policy", "divided")
+    assert "rollout.policy: was 'seer'" in fail(capsys, "rollout", "--resume", str(run_dir), "--policy", "divided")
     assert "compare" in fail(capsys, "rollout", "--resume", str(run_dir), "--compare", "seer")
+    assert "sampling.max_tokens: was 40" in fail(
+        capsys, "rollout", "--resume", str(run_dir), "--sampling.max-tokens", "9"
+    )
     check_resumed(capsys, run_dir, expected, num_events)
 
 
@@ -79,7 +82,7 @@ def test_twenty_kills_at_random_moments(capsys, tmp_path) -> None:
     last = count_lines(whole / "0-seer" / "events.jsonl")
     for seed in range(20):
         run_dir = tmp_path / str(seed)
-        num_events = roll_out_and_die(run_dir, random.Random(seed).randint(1, last - 8))
+        num_events = roll_out_and_die(run_dir, random.Random(seed).randint(1, last - 4))
         check_resumed(capsys, run_dir, expected, num_events)
 
 

@@ -12,9 +12,9 @@ from tests.engine import tiny
 
 
 def victims(seed: int, count: int, num_requests: int = 50) -> list[tuple[int, int]]:
-    """(Requests finished by then, instance) of all kills, with three instances, the last of which is idle."""
-    loads = {i: InstanceLoad(info=make_info(i, num_total_pages=50, max_model_len=96)) for i in range(3)}
-    for i in range(2):
+    """(Requests finished by then, instance) of all kills, with nine instances, the last of which is idle."""
+    loads = {i: InstanceLoad(info=make_info(i, num_total_pages=50, max_model_len=96)) for i in range(9)}
+    for i in range(8):
         loads[i].add(tiny.chunk(tiny.prompt(0, 4)))
     chaos = Chaos(ChaosConfig(kill_instance=count, seed=seed))
     chaos.start(num_requests)
@@ -24,7 +24,8 @@ def victims(seed: int, count: int, num_requests: int = 50) -> list[tuple[int, in
 def test_as_many_busy_instances_are_killed_as_asked_for_and_early_enough():
     assert victims(0, 0) == []
     kills = victims(3, 5)
-    assert len(kills) == 5 and {victim for _, victim in kills} == {0, 1}
+    # Nobody twice, though the loads still show them: their loss has not been noticed here.
+    assert len(kills) == len({victim for _, victim in kills}) == 5 and all(victim < 8 for _, victim in kills)
     assert max(done for done, _ in kills) < 50
 
 

@@ -39,7 +39,7 @@ class Instance:
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.2, 0.7]))
 def test_every_chunk_is_taken_once_and_every_event_heard_once(seed, loss):
     rng, instance, outbox = random.Random(seed), Instance(), Outbox()
-    numbers, late, heard, num_sent = itertools.count(), [], [], 0
+    numbers, late, polls, heard, num_sent = itertools.count(), [], [], [], 0
     while num_sent < 20 or outbox.num_in_flight:
         if num_sent < 20 and rng.random() < 0.5:
             size = rng.randint(1, 3)
@@ -51,7 +51,10 @@ def test_every_chunk_is_taken_once_and_every_event_heard_once(seed, loss):
             instance.mailbox.receive(late.pop())
         number, batches = outbox.next_poll()
         if rng.random() < loss:
-            continue  # The poll is lost.
+            polls.append((number, batches))
+            continue  # The poll is lost, or late.
+        if polls and rng.random() < 0.3:
+            instance.mailbox.poll(*polls.pop(0))  # Its answer finds nobody waiting.
         answer = instance.mailbox.poll(number, batches)
         if rng.random() < loss:
             continue  # Its answer is.

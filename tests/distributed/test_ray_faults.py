@@ -11,6 +11,7 @@ import ray
 from seer_jax.config.schema import ChaosConfig, RolloutConfig, RunConfig
 from seer_jax.core.commands import Command
 from seer_jax.core.driver import RolloutDriver
+from seer_jax.core.errors import InstanceLostError
 from seer_jax.core.events import ChunkFinished, Event, InstanceJoined, InstanceLost
 from seer_jax.core.scheduling import make_policy
 from seer_jax.core.types import SamplingParams
@@ -83,6 +84,16 @@ def test_the_only_instance_is_killed_and_another_takes_over_also_with_new_weight
     cluster.close()
 
 
+def test_chunks_of_the_dead_go_on_at_the_living(expected):
+    chaos = ChaosConfig(kill_instance=2, seed=1)
+    cluster = start(max_replacements=1)
+    result, _ = roll_out(cluster, chaos)
+    assert result.stats.output_sha256 == expected.stats.output_sha256
+    assert result.stats.instances_lost == 2 and result.stats.chunks_resumed > 0
+    assert len(cluster.infos) + cluster.expects_instances == 1
+    cluster.close()
+
+
 def iter_events(cluster: RayCluster) -> Iterator[Event]:
     """Events until a chunk has finished."""
     while True:
@@ -96,7 +107,7 @@ def test_lost_messages_are_sent_again(expected):
     cluster = start(ChaosConfig(drop_message=0.2), instances=1)
     result, log = roll_out(cluster)
     assert result.stats.output_sha256 == expected.stats.output_sha256 and result.stats.instances_lost == 0
-    assert joined(log) == [0]
+    assert joined(log) == [0] and cluster._chaos.num_dropped > 5
     cluster.close()
 
 
@@ -118,6 +129,25 @@ class FailingActor(InstanceActor):
         return info
 
 
+class NoReplacement(InstanceActor):
+    """Only the first instance can be built."""
+
+    def start(self, instance_id, *args):
+        """Fail in a way that only the process itself knows."""
+        if instance_id:
+            raise RuntimeError("Unable to initialize backend")
+        return super().start(instance_id, *args)
+
+
+def test_replacements_that_cannot_start_are_tried_so_often_and_the_cause_is_told(monkeypatch):
+    monkeypatch.setattr(ray_cluster, "InstanceActor", NoReplacement)
+    cluster = start(instances=1, max_replacements=2)
+    with pytest.raises(InstanceLostError, match="Unable to initialize backend"):
+        roll_out(cluster, ChaosConfig(kill_instance=1))
+    assert not cluster.infos and not cluster.expects_instances
+    cluster.close()
+
+
 class HangingActor(FailingActor):
     """Its fifth step does not end."""
 
@@ -137,7 +167,7 @@ class BrokenDevice(FailingActor):
 @pytest.mark.parametrize("actor", [HangingActor, BrokenDevice])
 def test_an_instance_that_hangs_or_whose_device_fails_is_replaced(actor, expected, monkeypatch):
     monkeypatch.setattr(ray_cluster, "InstanceActor", actor)
-    cluster = start(instances=1, instance_timeout_s=4.0 if actor is HangingActor else 1000.0)
+    cluster = start(instances=1, instance_timeout_s=15.0 if actor is HangingActor else 1000.0)
     result, log = roll_out(cluster)
     assert result.stats.output_sha256 == expected.stats.output_sha256
     assert [event.instance_id for event in log if isinstance(event, InstanceLost)] == [0]

@@ -13,6 +13,7 @@ from seer_jax.core.eventlog import decode_events, encode_event
 from seer_jax.core.events import Event, InstanceLost
 from seer_jax.core.scheduling import make_policy
 from seer_jax.core.types import SamplingParams
+from seer_jax.engine import cluster
 from seer_jax.engine.factory import build_local_cluster
 from seer_jax.engine.rollout import RolloutResult, RolloutRunner
 from tests.engine import tiny
@@ -84,8 +85,33 @@ def test_without_replacements_the_others_do_the_work_and_the_last_one_cannot_go(
         roll_out(ChaosConfig(kill_instance=1), instances=1, replacements=0)
 
 
-def test_a_slow_instance_changes_no_token(expected):
+def test_a_slow_instance_changes_no_token(expected, monkeypatch):
+    slept = []
+    monkeypatch.setattr(cluster.time, "sleep", slept.append)
     check(roll_out(ChaosConfig(slow_instance=1.5)), expected)
+    assert sum(slept) > 0 and min(slept) == 0  # The other instance is not slow.
+
+
+def test_more_kills_than_can_be_noticed_at_once(expected):
+    """All are due in the last moments: nobody is killed twice, and every loss is followed by a new instance."""
+    log: list[Event] = []
+    roll_out(log=log)
+    for seed in range(8):
+        chaos = ChaosConfig(kill_instance=6, seed=seed)
+        result = roll_out(chaos)
+        check(result, expected)
+        assert result.stats.instances_lost == 6
+        check(roll_out(chaos, first_instance_id=10, history=log[: len(log) * 3 // 4]), expected)
+
+
+def test_figures_of_a_resumed_rollout_are_those_of_its_rest(expected):
+    log: list[Event] = []
+    roll_out(log=log)
+    stats = roll_out(first_instance_id=10, history=log[: len(log) * 3 // 4]).stats
+    assert stats.generated_tokens == expected.stats.generated_tokens and stats.instances_lost == 0
+    assert stats.tokens_per_s * stats.rollout_time_s < 0.6 * stats.generated_tokens
+    finished = roll_out(first_instance_id=10, history=log).stats
+    assert finished.tokens_per_s == finished.tail_time_s == 0
 
 
 def test_a_rollout_goes_on_after_any_event_at_which_its_process_dies(expected):
