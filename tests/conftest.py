@@ -19,6 +19,13 @@ MAX_MEMORY_MAPS = 25_000
 """A program compiled for CPU keeps dozens. Linux allows a process 65,530, and at the next one LLVM dies of SIGSEGV."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each file's tests to one process, and those that start Ray all to the same: a machine has one cluster."""
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def drop_compiled_programs() -> Iterator[None]:
     """Let a long session go on: its programs are dropped before there are too many."""
