@@ -112,7 +112,7 @@ def test_a_client_that_fails_costs_no_token_and_ends_no_engine(monkeypatch: pyte
     for version in range(2):  # The servers that were given up are asked again.
         stats = runner.run(groups, policy_version=version, get_params=tiny.params).stats
         assert stats.output_sha256 == plain.output_sha256 and stats.accepted_tokens > 0
-        dropped = ray.get([actor.num_dropped.remote() for actor in cluster._actors.values()])
+        dropped = ray.get([each.actor.num_dropped.remote() for each in cluster._instances.values()])
         assert all(version < count <= 2 * (version + 1) for count in dropped)
     runner.close()
 
