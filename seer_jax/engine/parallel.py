@@ -1,8 +1,9 @@
-"""Attention and experts on one device, or each device's share of them inside `shard_map`.
+"""Attention, experts and draws on one device, or each device's share of them inside `shard_map`.
 
-The compiler partitions plain XLA but no kernel, so on a mesh the two operations that have kernels are divided by hand:
+The compiler partitions plain XLA but no kernel, so on a mesh the operations that have kernels are divided by hand:
 heads over "tensor", with the cache on every device; experts over "expert" and "tensor" together (`WHOLE_EXPERTS`), with
-the tokens on every device and one all-reduce of what the experts say. The rest of a step is left to the compiler.
+the tokens on every device and one all-reduce of what the experts say; the vocabulary over "tensor", with one small
+all-reduce of what its parts would draw. The rest of a step is left to the compiler.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from jaxtyping import Array
 
 from kernels_pallas.grouped_matmul import expert_parallel_mlp, grouped_mlp
 from kernels_pallas.mla_attention import mla_attention
+from kernels_pallas.tree_verify import Draws, tree_verify
 from seer_jax.models.moe import ExpertMLP
 from seer_jax.sharding import WHOLE_EXPERTS
 
@@ -25,10 +27,12 @@ class ParallelOps(NamedTuple):
     Attributes:
         attention: `mla_attention`, of all heads.
         experts: `grouped_mlp`, of all experts.
+        draw: `tree_verify`, from the whole vocabulary.
     """
 
     attention: Callable[..., Array]
     experts: ExpertMLP
+    draw: Callable[..., Draws]
 
 
 def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> ParallelOps:
@@ -43,9 +47,8 @@ def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> Parall
         rounding of the sum over devices.
     """
     if mesh is None:
-        return ParallelOps(
-            partial(mla_attention, implementation=implementation), partial(grouped_mlp, implementation=implementation)
-        )
+        whole = (mla_attention, grouped_mlp, tree_verify)
+        return ParallelOps(*(partial(operation, implementation=implementation) for operation in whole))
     shard = partial(jax.shard_map, mesh=mesh, check_vma=False)  # Kernels do not say over which axes results vary.
     everywhere, heads = PartitionSpec(), WHOLE_EXPERTS.partition_spec((None, None, "heads", None))
     experts = WHOLE_EXPERTS.partition_spec(("experts", None, None))
@@ -60,4 +63,10 @@ def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> Parall
         tokens_are_sharded=False,
         implementation=implementation,
     )
-    return ParallelOps(attention, shard(mlp, in_specs=(everywhere,) * 3 + (experts,) * 2, out_specs=everywhere))
+    draw = partial(tree_verify, axis_name=WHOLE_EXPERTS.vocab, implementation=implementation)
+    head = WHOLE_EXPERTS.partition_spec((None, "vocab"))
+    return ParallelOps(
+        attention=attention,
+        experts=shard(mlp, in_specs=(everywhere,) * 3 + (experts,) * 2, out_specs=everywhere),
+        draw=shard(draw, in_specs=(everywhere, head) + (everywhere,) * 3, out_specs=everywhere),
+    )

@@ -79,7 +79,7 @@ def make_step(
         shape: The bucket.
         max_steps: Bound of the steps in one dispatch.
         mesh: Several devices, over which the weights lie by `WHOLE_EXPERTS`, the caches on each; None = one device.
-        implementation: What computes attention and experts on each device; None chooses by platform.
+        implementation: What computes attention, experts and draws on each device; None chooses by platform.
 
     Returns:
         `step(params, caches, packed) -> (caches, outputs)`. Caches are donated. `outputs` is int32
@@ -87,7 +87,8 @@ def make_step(
         tokens, the bits of their log-probabilities and, if `shape.expert_ids`, the experts behind them, two ids a word
         (`core.packing.unpack_outputs`).
     """
-    run_model = partial(_run_model, config=config, shape=shape, ops=parallel_ops(mesh, implementation))
+    ops = parallel_ops(mesh, implementation)
+    run_model = partial(_run_model, config=config, shape=shape, ops=ops)
     num_requests, depth = shape.num_requests, shape.max_depth
     loops, num_words = not shape.num_tiles, packing.expert_words(shape)
 
@@ -101,15 +102,12 @@ def make_step(
             else:
                 owner, at = jnp.arange(num_requests), jnp.maximum(state.last_tokens, 0)
             positions = state.first_position[owner] + state.tokens.depth[at] + 1
-            drawn, logprobs = sample(
-                decoder.project_logits(params, config, hidden[at]),
-                requests.keys[owner],
-                positions,
-                requests.temperature[owner],
-                requests.top_k[owner],
-                requests.top_p[owner],
-                truncates=shape.truncates,
-            )
+            draws = (requests.keys[owner], positions, requests.temperature[owner])
+            if shape.truncates:
+                logits = decoder.project_logits(params, config, hidden[at])
+                drawn, logprobs = sample(logits, *draws, requests.top_k[owner], requests.top_p[owner], truncates=True)
+            else:
+                drawn, logprobs, _ = ops.draw(hidden[at], decoder.lm_head(params, config), *draws)
             if depth:
                 return walk(drawn, logprobs, state.tokens, requests.stop_ids, requests.remaining, depth)
             count = (state.last_tokens >= 0).astype(jnp.int32)

@@ -121,7 +121,11 @@ def forward_train(
     return hidden.reshape(batch, length, -1)
 
 
+def lm_head(params: Params, config: DecoderConfig) -> Float[Array, "M V"]:
+    """Return the matrix from hidden states to logits."""
+    return params["embed"].T if config.tie_word_embeddings else params["lm_head"]
+
+
 def project_logits(params: Params, config: DecoderConfig, hidden: Float[Array, "... M"]) -> Float[Array, "... V"]:
     """Return float32 logits."""
-    head = params["embed"].T if config.tie_word_embeddings else params["lm_head"]
-    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    return jnp.matmul(hidden, lm_head(params, config), preferred_element_type=jnp.float32)

@@ -25,7 +25,7 @@ from seer_jax.sharding import WHOLE_EXPERTS, make_mesh, shardings_for
 from tests.aot.topology import devices
 from tests.models.test_config import KIMI_K2 as KIMI_K2_JSON
 
-pytestmark = [pytest.mark.aot, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.aot, pytest.mark.timeout(1800)]
 
 KIMI_K2 = DecoderConfig.from_hf(KIMI_K2_JSON)
 MOONLIGHT = dataclasses.replace(
@@ -45,7 +45,7 @@ MOONLIGHT = dataclasses.replace(
     max_position_embeddings=8192,
 )
 SLOTS, PAGE = 64, 64
-HBM = {"v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
+HBM = {"v5p": 95e9, "v6e": 32e9}
 """Bytes of a chip."""
 
 
@@ -101,13 +101,14 @@ class Deployment:
         memory = compiled.memory_analysis()
         print(
             f"AOT step {self.topology} expert {self.expert} tensor {self.tensor}, "
-            f"{self.model.num_hidden_layers} layers: {time.perf_counter() - started:.0f} s, arguments {memory.argument_size_in_bytes / 1e9:.2f} GB,"
+            f"{self.model.num_hidden_layers} layers: "
+            f"{time.perf_counter() - started:.0f} s, arguments {memory.argument_size_in_bytes / 1e9:.2f} GB,"
             f" temporaries {memory.temp_size_in_bytes / 1e6:.0f} MB"
         )
         return lowered.as_text(), compiled
 
 
-MOONLIGHT_STEP = Deployment(model=MOONLIGHT, topology="v5e:2x4", expert=8, tensor=1, context=8192, pages=1024)
+MOONLIGHT_STEP = Deployment(model=MOONLIGHT, topology="v6e:2x4", expert=8, tensor=1, context=8192, pages=2048)
 KIMI_K2_STEP = Deployment(model=KIMI_K2, topology="v5p:4x4x4", expert=4, tensor=16, context=131_072, pages=2048)
 """131,072 tokens of KV at 78 KB each; the experts over all 64 chips, 6 a layer on each."""
 
@@ -134,32 +135,32 @@ def count_collectives(compiled: jax.stages.Compiled) -> Counter[tuple[str, int]]
 
 
 def check_kernels_and_memory(deployment: Deployment, text: str, compiled: jax.stages.Compiled) -> None:
-    """Attention in every layer, two kernels in every MoE layer; arguments as counted; temporaries are small."""
+    """Attention in every layer, two kernels in every MoE layer, one that draws; arguments as counted; no logits."""
     layers, generation = deployment.model.num_hidden_layers, deployment.topology.split(":")[0]
     moe_layers = layers - deployment.model.first_k_dense_replace
-    assert text.count("custom_call @tpu_custom_call") == layers + 2 * moe_layers
+    assert text.count("custom_call @tpu_custom_call") == layers + 2 * moe_layers + 1
     memory, counted = compiled.memory_analysis(), deployment.count_argument_bytes()
     assert counted <= memory.argument_size_in_bytes < 1.01 * counted
-    # Logits, noise and scores of all slots are 42 MB each on one chip, a sixteenth of it on each of sixteen.
-    logits = 4 * SLOTS * deployment.model.vocab_size // deployment.tensor
-    assert memory.temp_size_in_bytes < 3 * logits + 64e6
+    # What the compiler keeps of each layer; measured are 6 MB for Kimi-K2, 2 MB for Moonlight.
+    assert memory.temp_size_in_bytes < 32e6 + 8e6 * layers
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 0.9 * HBM[generation]
     # Caches are written in place.
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 2**20
 
 
-def test_moonlight_on_eight_v5e_chips_sends_one_sum_per_moe_layer():
+def test_moonlight_on_eight_v6e_chips_sends_one_sum_per_moe_layer():
     text, compiled = MOONLIGHT_STEP.compile()
     check_kernels_and_memory(MOONLIGHT_STEP, text, compiled)
     assert count_collectives(compiled) == {("all-reduce", SLOTS * 2048 * 2): 26}
 
 
-def expected_collectives(deployment: Deployment) -> tuple[Counter, int]:
-    """With tensor parallelism: those of the layers, and the most bytes of each that the sampler needs.
+def expected_collectives(deployment: Deployment) -> Counter[tuple[str, int]]:
+    """Those of a step with tensor parallelism.
 
     Every layer sums what heads and dense MLP, or shared expert, say over "tensor", MoE layers what experts say over all
     chips, and so does the embedding. Since the columns of `gate_up` are all gates and then all ups, each MLP's result
-    is brought into order by four permutes: one of two parts, three of one part.
+    is brought into order by four permutes: one of two parts, three of one part. The draw is a sum of 16 bytes for each
+    slot and part of the vocabulary.
     """
     model, expected = deployment.model, Counter()
     expected["all-reduce", SLOTS * model.hidden_size * 2] += 1
@@ -170,33 +171,27 @@ def expected_collectives(deployment: Deployment) -> tuple[Counter, int]:
         part = SLOTS * width // deployment.tensor * 2
         expected["collective-permute", part] += 3
         expected["collective-permute", 2 * part] += 1
-    return expected, 8 * SLOTS
-
-
-def check_collectives(deployment: Deployment, compiled: jax.stages.Compiled) -> None:
-    found, (expected, sampler_bytes) = count_collectives(compiled), expected_collectives(deployment)
-    assert expected <= found
-    rest = found - expected
-    assert rest.total() <= 3 and all(size <= sampler_bytes for _, size in rest)
+    expected["all-reduce", 16 * SLOTS * deployment.tensor] += 1
+    return expected
 
 
 def test_three_layers_of_kimi_k2_on_64_v5p_chips_send_what_is_counted():
     deployment = with_layers(KIMI_K2_STEP, 3)
     text, compiled = deployment.compile()
     check_kernels_and_memory(deployment, text, compiled)
-    check_collectives(deployment, compiled)
+    assert count_collectives(compiled) == expected_collectives(deployment)
 
 
 @pytest.mark.slow
 def test_all_of_kimi_k2_fits_64_v5p_chips():
-    """61 layers, one after the other: minutes."""
+    """61 layers, one after the other: ten minutes of two busy cores."""
     text, compiled = KIMI_K2_STEP.compile()
     check_kernels_and_memory(KIMI_K2_STEP, text, compiled)
-    check_collectives(KIMI_K2_STEP, compiled)
+    assert count_collectives(compiled) == expected_collectives(KIMI_K2_STEP)
 
 
 def test_more_than_a_chip_holds_is_refused_so_the_limit_is_enforced():
-    too_large = dataclasses.replace(with_layers(MOONLIGHT_STEP, 2), pages=100_000)
-    assert too_large.count_argument_bytes() > HBM["v5e"]
+    too_large = dataclasses.replace(with_layers(MOONLIGHT_STEP, 2), pages=200_000)
+    assert too_large.count_argument_bytes() > HBM["v6e"]
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         too_large.compile()

@@ -10,6 +10,7 @@ import pytest
 from kernels_pallas.grouped_matmul import api as experts_api
 from kernels_pallas.mla_attention import api as attention_api
 from kernels_pallas.mla_attention.pallas_tpu import mla_attention_pallas_tpu
+from kernels_pallas.tree_verify import api as draw_api
 from seer_jax.config.schema import ShardingConfig
 from seer_jax.core.packing import pack
 from seer_jax.core.step_shapes import StepShape
@@ -93,7 +94,7 @@ def test_on_a_mesh_a_named_implementation_serves_on_each_device(monkeypatch: pyt
     """Inside `shard_map`, where each device has its heads and experts; the compiler partitions no kernel."""
     mesh = make_mesh(ShardingConfig(), jax.devices())
     manual = []
-    for module in (attention_api, experts_api):
+    for module in (attention_api, experts_api, draw_api):
 
         def record(*arrays, run=module.IMPLEMENTATIONS["xla"], **options):
             manual.append(jax.sharding.get_abstract_mesh().manual_axes)
@@ -104,5 +105,5 @@ def test_on_a_mesh_a_named_implementation_serves_on_each_device(monkeypatch: pyt
     caches = [jnp.zeros((2, 16, tiny.MODEL.latent_width))] * tiny.MODEL.num_hidden_layers
     step = make_step.__wrapped__(tiny.MODEL, shape, max_steps=1, mesh=mesh, implementation="recorded")
     jax.eval_shape(step, tiny.params(), caches, jnp.asarray(pack([], [], shape, 1)))
-    assert len(manual) >= 3  # Two layers of attention, one of experts.
+    assert len(manual) >= 4  # Two layers of attention, one of experts, a draw.
     assert set(manual) == {MESH_AXES}
