@@ -29,7 +29,7 @@ def expert_parallel_mlp(
     gate_up_scale: Float32[Array, "E blocks_m blocks_f2"] | None = None,
     down_scale: Float32[Array, "E blocks_f blocks_m"] | None = None,
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     tokens_are_sharded: bool,
     exchange: str | None = None,
     implementation: str | None = None,
@@ -46,7 +46,7 @@ def expert_parallel_mlp(
         down: Their down matrices.
         gate_up_scale: Scales of `gate_up` if quantised, see `grouped_mlp`.
         down_scale: Likewise of `down`.
-        axis_name: Mesh axis over which the experts are divided.
+        axis_name: Mesh axis, or axes, over which the experts are divided.
         tokens_are_sharded: Whether the tokens are divided over it too.
         exchange: How sharded tokens travel, "ragged" or "padded"; None takes ragged except on CPU.
         implementation: Of `grouped_mlp` on each shard.

@@ -10,7 +10,7 @@ from kernels_pallas.tree_verify.reference import tree_verify_reference
 from kernels_pallas.tree_verify.xla import tree_verify_xla
 
 IMPLEMENTATIONS = {"xla": tree_verify_xla, "pallas_tpu": tree_verify_pallas_tpu, "reference": tree_verify_reference}
-"""The TPU kernel has compiled and run in interpret mode, never on a TPU. The engine does not call this yet."""
+"""The TPU kernel has compiled and run in interpret mode, never on a TPU."""
 
 
 def tree_verify(

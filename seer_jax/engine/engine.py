@@ -27,7 +27,7 @@ from seer_jax.engine.step_times import StepPrograms, get_step_times
 from seer_jax.kvpool import EmbeddedKVPool, KVPool, fingerprint
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import decoder_specs
-from seer_jax.sharding import shardings_for
+from seer_jax.sharding import WHOLE_EXPERTS, shardings_for
 
 NO_SPECULATION, NO_CHAOS = SpeculationConfig(), ChaosConfig()
 DEFAULT_POOL_BYTES = 1 << 30
@@ -93,11 +93,12 @@ class Engine:
         )
         self._transfer = KVTransfer(self.buckets.max_pages)
         dtype = params["embed"].dtype
-        if mesh is None or mesh.size == 1:
+        self._mesh = None if mesh is None or mesh.size == 1 else mesh
+        if self._mesh is None:
             device = None if mesh is None else mesh.devices.item()
             self._param_shardings, cache_sharding = device, device
         else:
-            self._param_shardings = shardings_for(decoder_specs(model_config, dtype), mesh)
+            self._param_shardings = shardings_for(decoder_specs(model_config, dtype), mesh, WHOLE_EXPERTS)
             cache_sharding = NamedSharding(mesh, PartitionSpec())
         self.policy_version = policy_version
         self.params = self._place(params)
@@ -296,8 +297,8 @@ class Engine:
 
     def launch(self, shape: StepShape, packed: np.ndarray) -> np.ndarray:
         """Run a program on packed inputs (`core.packing`); returns its output on the host."""
-        max_steps, is_sharded = self.config.max_steps_per_dispatch, len(self._caches[0].devices()) > 1
-        step = make_step(self.model_config, shape, max_steps=max_steps, is_sharded=is_sharded)
+        max_steps = self.config.max_steps_per_dispatch
+        step = make_step(self.model_config, shape, max_steps=max_steps, mesh=self._mesh)
         launched = time.perf_counter()
         self._caches, outputs = step(self.params, self._caches, packed)
         outputs = np.asarray(outputs)

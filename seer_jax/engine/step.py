@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 from kernels_pallas.kv_update import kv_update
-from kernels_pallas.mla_attention import mla_attention
 from seer_jax.core import packing
 from seer_jax.core.step_shapes import StepShape
+from seer_jax.engine.parallel import ParallelOps, parallel_ops
 from seer_jax.engine.sampler import sample
 from seer_jax.engine.verify import Emitted, Tokens, locate, move_accepted, walk
 from seer_jax.models import decoder, mla
@@ -59,7 +60,14 @@ class LoopState(NamedTuple):
 
 
 @cache
-def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int, is_sharded: bool = False) -> StepFn:
+def make_step(
+    config: DecoderConfig,
+    shape: StepShape,
+    *,
+    max_steps: int,
+    mesh: Mesh | None = None,
+    implementation: str | None = None,
+) -> StepFn:
     """Build the jitted program of one bucket; engines of one process share it.
 
     A program without tiles runs up to `packed[0] <= max_steps` steps in a `while_loop` and leaves it as soon as a
@@ -70,8 +78,8 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int, is_sha
         config: Shapes of the model.
         shape: The bucket.
         max_steps: Bound of the steps in one dispatch.
-        is_sharded: Whether it runs on several devices. Then attention and experts are plain XLA, which the compiler
-            partitions; a Pallas kernel it would reject.
+        mesh: Several devices, over which the weights lie by `WHOLE_EXPERTS`, the caches on each; None = one device.
+        implementation: What computes attention, experts and draws on each device; None chooses by platform.
 
     Returns:
         `step(params, caches, packed) -> (caches, outputs)`. Caches are donated. `outputs` is int32
@@ -79,7 +87,8 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int, is_sha
         tokens, the bits of their log-probabilities and, if `shape.expert_ids`, the experts behind them, two ids a word
         (`core.packing.unpack_outputs`).
     """
-    run_model = partial(_run_model, config=config, shape=shape, kernels="xla" if is_sharded else None)
+    ops = parallel_ops(mesh, implementation)
+    run_model = partial(_run_model, config=config, shape=shape, ops=ops)
     num_requests, depth = shape.num_requests, shape.max_depth
     loops, num_words = not shape.num_tiles, packing.expert_words(shape)
 
@@ -93,15 +102,12 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int, is_sha
             else:
                 owner, at = jnp.arange(num_requests), jnp.maximum(state.last_tokens, 0)
             positions = state.first_position[owner] + state.tokens.depth[at] + 1
-            drawn, logprobs = sample(
-                decoder.project_logits(params, config, hidden[at]),
-                requests.keys[owner],
-                positions,
-                requests.temperature[owner],
-                requests.top_k[owner],
-                requests.top_p[owner],
-                truncates=shape.truncates,
-            )
+            draws = (requests.keys[owner], positions, requests.temperature[owner])
+            if shape.truncates:
+                logits = decoder.project_logits(params, config, hidden[at])
+                drawn, logprobs = sample(logits, *draws, requests.top_k[owner], requests.top_p[owner], truncates=True)
+            else:
+                drawn, logprobs, _ = ops.draw(hidden[at], decoder.lm_head(params, config), *draws)
             if depth:
                 return walk(drawn, logprobs, state.tokens, requests.stop_ids, requests.remaining, depth)
             count = (state.last_tokens >= 0).astype(jnp.int32)
@@ -170,8 +176,13 @@ def make_step(config: DecoderConfig, shape: StepShape, *, max_steps: int, is_sha
         table = jnp.concatenate(parts, axis=1)
         return state.caches, jnp.concatenate([state.step[None], table.reshape(-1)])
 
-    options = CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None
-    return jax.jit(step, donate_argnums=1, compiler_options=options)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return jax.jit(
+        step,
+        donate_argnums=1,
+        out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()),
+        compiler_options=CPU_COMPILER_OPTIONS if platform == "cpu" else None,
+    )
 
 
 def _unpack(
@@ -227,7 +238,7 @@ def _run_model(
     *,
     config: DecoderConfig,
     shape: StepShape,
-    kernels: str | None = None,
+    ops: ParallelOps,
 ) -> tuple[Float[Array, "T M"], Caches, Int32[Array, "T words"] | None]:
     """One forward over the query tokens; returns their hidden states, the caches, and their experts if asked for."""
     num_rows, tile = shape.num_rows, shape.tile
@@ -250,7 +261,7 @@ def _run_model(
                 continue
             owner = tokens.request[span][::width]
             trees = (first_position[owner] + 1, tokens.mask[span].reshape(-1, width)) if shape.has_trees else ()
-            output = mla_attention(
+            output = ops.attention(
                 absorbed[span].reshape(-1, width, *absorbed.shape[1:]),
                 cache,
                 block_tables[owner],
@@ -258,7 +269,6 @@ def _run_model(
                 *trees,
                 value_width=config.kv_lora_rank,
                 scale=config.softmax_scale,
-                implementation=kernels,
             )
             outputs.append(output.reshape(-1, *output.shape[2:]))
         return mla.unabsorb_values(attention_params, jnp.concatenate(outputs))
@@ -273,6 +283,6 @@ def _run_model(
         positions,
         attend,
         note_experts=note_experts,
-        moe_implementation=kernels,
+        experts=ops.experts,
     )
     return hidden, new_caches, _pack_experts(expert_ids) if expert_ids else None

@@ -5,15 +5,17 @@ causally. Everything else is the same code, so learner and rollout cannot drift 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.grouped_matmul import grouped_mlp
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.layers import rms_norm, swiglu_mlp
 from seer_jax.models.mla import MLAQueries, expanded_attention, project
-from seer_jax.models.moe import moe
+from seer_jax.models.moe import ExpertMLP, moe
 from seer_jax.models.rope import rotation
 from seer_jax.models.specs import Params
 
@@ -32,7 +34,7 @@ def forward(
     *,
     note_experts: NoteExperts | None = None,
     replayed: Int[Array, "T moe_layers K"] | None = None,
-    moe_implementation: str | None = None,
+    experts: ExpertMLP = grouped_mlp,
     remat: bool = False,
 ) -> Float[Array, "T M"]:
     """Run all layers over T tokens.
@@ -45,7 +47,7 @@ def forward(
         attend: Attention among the tokens and whatever came before them.
         note_experts: Told which experts the layers choose; None = nobody asks.
         replayed: Experts to take in place of the layers' choice; -1 = the layer chooses, see `moe.route`.
-        moe_implementation: Named implementation of `grouped_mlp`, or None to choose.
+        experts: What computes the routed experts.
         remat: Recompute each layer in the backward pass in place of keeping its activations.
 
     Returns:
@@ -69,7 +71,7 @@ def forward(
                 if not config.is_moe_layer(index):
                     return x + swiglu_mlp(layer["mlp"], normed), None
                 given = None if replayed is None else replayed[:, index - config.first_k_dense_replace]
-                out, expert_ids = moe(layer["moe"], config, normed, given, implementation=moe_implementation)
+                out, expert_ids = moe(layer["moe"], config, normed, given, experts=experts)
                 return x + out, expert_ids if note_experts is not None else None
 
         x, expert_ids = (jax.checkpoint(run_layer) if remat else run_layer)(layer, x)
@@ -113,13 +115,17 @@ def forward_train(
         positions,
         attend,
         replayed=replayed,
-        moe_implementation="xla",
+        experts=partial(grouped_mlp, implementation="xla"),
         remat=remat,
     )
     return hidden.reshape(batch, length, -1)
 
 
+def lm_head(params: Params, config: DecoderConfig) -> Float[Array, "M V"]:
+    """Return the matrix from hidden states to logits."""
+    return params["embed"].T if config.tie_word_embeddings else params["lm_head"]
+
+
 def project_logits(params: Params, config: DecoderConfig, hidden: Float[Array, "... M"]) -> Float[Array, "... V"]:
     """Return float32 logits."""
-    head = params["embed"].T if config.tie_word_embeddings else params["lm_head"]
-    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    return jnp.matmul(hidden, lm_head(params, config), preferred_element_type=jnp.float32)

@@ -1,5 +1,7 @@
 """Mixture of experts with DeepSeek-V3's bias-balanced router (`noaux_tc`, arXiv 2412.19437 section 2.1.2)."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -8,6 +10,9 @@ from kernels_pallas.grouped_matmul import grouped_mlp
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.layers import swiglu_mlp
 from seer_jax.models.specs import Params
+
+ExpertMLP = Callable[[Array, Array, Array, Array, Array], Array]
+"""(tokens, expert ids, their weights, `gate_up`, `down`) -> weighted sums, as `grouped_mlp`."""
 
 
 def route(
@@ -55,12 +60,12 @@ def moe(
     x: Float[Array, "T M"],
     replayed: Int[Array, "T K"] | None = None,
     *,
-    implementation: str | None = None,
+    experts: ExpertMLP = grouped_mlp,
 ) -> tuple[Float[Array, "T M"], Int[Array, "T K"]]:
     """Sum of the chosen experts, weighted, plus the shared expert; and the experts.
 
-    `replayed` is `route`'s, `implementation` is `grouped_mlp`'s.
+    `replayed` is `route`'s.
     """
     expert_ids, weights = route(params, config, x, replayed)
-    routed = grouped_mlp(x, expert_ids, weights, params["gate_up"], params["down"], implementation=implementation)
+    routed = experts(x, expert_ids, weights, params["gate_up"], params["down"])
     return routed + swiglu_mlp(params["shared"], x), expert_ids

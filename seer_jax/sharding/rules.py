@@ -1,5 +1,6 @@
 """Logical axis -> mesh axis, the whole sharding of a model in one table."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,7 +29,7 @@ class Declaration(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingRules:
-    """Mesh axis of each logical axis; None = every device holds all of it."""
+    """Mesh axis, or axes, of each logical axis; None = every device holds all of it."""
 
     vocab: str | None = "tensor"
     """Rows of the embedding, columns of the LM head."""
@@ -36,7 +37,7 @@ class ShardingRules:
     """Attention heads; the latent cache is shared by all heads and not split."""
     mlp: str | None = "tensor"
     """Width of dense MLPs and of the shared expert."""
-    experts: str | None = "expert"
+    experts: str | tuple[str, ...] | None = "expert"
     """Routed experts."""
     expert_mlp: str | None = "tensor"
     """Width of each routed expert."""
@@ -48,10 +49,15 @@ class ShardingRules:
             ConfigError: Two of its axes lie on the same mesh axis.
         """
         mesh_axes = [None if axis is None else getattr(self, axis) for axis in logical_axes]
-        used = [axis for axis in mesh_axes if axis is not None]
+        used = [name for axis in mesh_axes if axis is not None for name in _names(axis)]
         if len(set(used)) < len(used):
             raise ConfigError("sharding.rules", f"{logical_axes} would use a mesh axis twice: {mesh_axes}")
         return PartitionSpec(*mesh_axes)
+
+
+WHOLE_EXPERTS = ShardingRules(experts=("expert", "tensor"), expert_mlp=None)
+"""For code that names its collectives: a device holds whole experts. Half of the columns of a fused `gate_up` would be
+all gates, and kernels want widths that are multiples of 128 (Moonlight's 1408 is not one by halves)."""
 
 
 def shardings_for(specs: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules | None = None) -> Any:
@@ -73,10 +79,15 @@ def shardings_for(specs: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules | 
     def sharding(spec: Declaration) -> NamedSharding:
         partition = rules.partition_spec(spec.logical_axes)
         for size, logical, mesh_axis in zip(spec.shape, spec.logical_axes, partition, strict=True):
-            if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+            if mesh_axis is None:
+                continue
+            names = _names(mesh_axis)
+            ways = math.prod(mesh.shape[name] for name in names)
+            if size % ways:
+                product = "" if len(names) == 1 else f" ({' x '.join(names)})"
                 raise ConfigError(
-                    f"sharding.{mesh_axis}",
-                    f"{mesh.shape[mesh_axis]} does not divide the model's {size} {logical}",
+                    f"sharding.{names[0]}",
+                    f"{ways}{product} does not divide the model's {size} {logical}",
                     f"use a divisor of {size}",
                 )
         return NamedSharding(mesh, partition)
@@ -84,8 +95,12 @@ def shardings_for(specs: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules | 
     return jax.tree.map(sharding, specs)
 
 
+def _names(mesh_axes: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
+
+
 def check_divisible(config: ShardingConfig, specs: Any) -> None:
-    """Check that a model can be divided over a mesh, without its devices.
+    """Check that an engine can divide a model over a mesh, without its devices.
 
     Args:
         config: Size of each axis, at least 1.
@@ -94,4 +109,4 @@ def check_divisible(config: ShardingConfig, specs: Any) -> None:
     Raises:
         ConfigError: As `shardings_for`.
     """
-    shardings_for(specs, AbstractMesh(tuple(getattr(config, axis) for axis in MESH_AXES), MESH_AXES))
+    shardings_for(specs, AbstractMesh(tuple(getattr(config, axis) for axis in MESH_AXES), MESH_AXES), WHOLE_EXPERTS)

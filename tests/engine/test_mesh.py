@@ -31,7 +31,7 @@ for i in range(3):
     assert got[i] == tiny.reference_decode(whole[i])[0], i
 assert engine.status().num_prefilled_tokens == sum(len(c.token_ids) for c in whole)
 experts = engine.params["layers"][1]["moe"]["gate_up"]
-assert experts.addressable_shards[0].data.shape[0] == tiny.MODEL.n_routed_experts // 2
+assert experts.addressable_shards[0].data.shape[0] == tiny.MODEL.n_routed_experts // 4
 """
 
 

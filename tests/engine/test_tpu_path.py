@@ -7,13 +7,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas.mla_attention import api
+from kernels_pallas.grouped_matmul import api as experts_api
+from kernels_pallas.mla_attention import api as attention_api
 from kernels_pallas.mla_attention.pallas_tpu import mla_attention_pallas_tpu
+from kernels_pallas.tree_verify import api as draw_api
+from seer_jax.config.schema import ShardingConfig
 from seer_jax.core.packing import pack
 from seer_jax.core.step_shapes import StepShape
 from seer_jax.engine import engine as engine_module
 from seer_jax.engine.step import make_step
-from seer_jax.models import decoder, moe
+from seer_jax.models import decoder
+from seer_jax.sharding import MESH_AXES, make_mesh
 from tests.engine import tiny
 from tests.engine.test_engine import make_engine
 from tests.engine.test_engine import test_chunk_continues_on_another_instance_without_prefill as move_between_instances
@@ -40,7 +44,7 @@ def attention_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int,
         calls.append((q.shape[1], masks is not None))
         return attend(q, cache, tables, limits, starts, masks, **options)
 
-    monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", record)
+    monkeypatch.setitem(attention_api.IMPLEMENTATIONS, "xla", record)
     make_step.cache_clear()
     yield calls
     make_step.cache_clear()
@@ -71,22 +75,35 @@ def test_the_kernel_verifies_trees_to_the_tokens_of_cacheless_decoding(attention
     assert (3, True) in attention_calls and engine.status().num_accepted_tokens > 0
 
 
-def test_training_and_a_mesh_take_plain_xla_for_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their TPU kernels have no gradient, and the compiler partitions no kernel."""
-    named, run = [], moe.grouped_mlp
+def test_training_takes_plain_xla_for_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their TPU kernels have no gradient."""
+    named, run = [], decoder.grouped_mlp
 
     def record(*arrays, implementation=None):
         named.append(implementation)
         return run(*arrays, implementation=implementation)
 
-    monkeypatch.setattr(moe, "grouped_mlp", record)
-    weights, model = tiny.params(), tiny.MODEL
-    jax.eval_shape(lambda params: decoder.forward_train(params, model, jnp.zeros((1, 4), jnp.int32)), weights)
+    monkeypatch.setattr(decoder, "grouped_mlp", record)
+    jax.eval_shape(
+        lambda params: decoder.forward_train(params, tiny.MODEL, jnp.zeros((1, 4), jnp.int32)), tiny.params()
+    )
     assert set(named) == {"xla"}
+
+
+def test_on_a_mesh_a_named_implementation_serves_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside `shard_map`, where each device has its heads and experts; the compiler partitions no kernel."""
+    mesh = make_mesh(ShardingConfig(), jax.devices())
+    manual = []
+    for module in (attention_api, experts_api, draw_api):
+
+        def record(*arrays, run=module.IMPLEMENTATIONS["xla"], **options):
+            manual.append(jax.sharding.get_abstract_mesh().manual_axes)
+            return run(*arrays, **options)
+
+        monkeypatch.setitem(module.IMPLEMENTATIONS, "recorded", record)
     shape = StepShape(num_rows=1, num_tiles=0, tile=1, num_requests=1, num_pages=1)
-    caches = [jnp.zeros((2, 16, model.latent_width))] * model.num_hidden_layers
-    for is_sharded, name in ((True, "xla"), (False, None)):
-        named.clear()
-        step = make_step.__wrapped__(model, shape, max_steps=1, is_sharded=is_sharded)
-        jax.eval_shape(step, weights, caches, jnp.asarray(pack([], [], shape, 1)))
-        assert set(named) == {name}
+    caches = [jnp.zeros((2, 16, tiny.MODEL.latent_width))] * tiny.MODEL.num_hidden_layers
+    step = make_step.__wrapped__(tiny.MODEL, shape, max_steps=1, mesh=mesh, implementation="recorded")
+    jax.eval_shape(step, tiny.params(), caches, jnp.asarray(pack([], [], shape, 1)))
+    assert len(manual) >= 4  # Two layers of attention, one of experts, a draw.
+    assert set(manual) == {MESH_AXES}
