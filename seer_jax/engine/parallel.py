@@ -70,3 +70,6 @@ def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> Parall
         experts=shard(mlp, in_specs=(everywhere,) * 3 + (experts,) * 2, out_specs=everywhere),
         draw=shard(draw, in_specs=(everywhere, head) + (everywhere,) * 3, out_specs=everywhere),
     )
+
+
+ONE_DEVICE = parallel_ops(None)

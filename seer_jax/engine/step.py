@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 from kernels_pallas.kv_update import kv_update
 from seer_jax.core import packing
 from seer_jax.core.step_shapes import StepShape
-from seer_jax.engine.parallel import ParallelOps, parallel_ops
+from seer_jax.engine.parallel import ONE_DEVICE, ParallelOps, parallel_ops
 from seer_jax.engine.sampler import sample
 from seer_jax.engine.verify import Emitted, Tokens, locate, move_accepted, walk
 from seer_jax.models import decoder, mla
@@ -238,7 +238,7 @@ def _run_model(
     *,
     config: DecoderConfig,
     shape: StepShape,
-    ops: ParallelOps,
+    ops: ParallelOps = ONE_DEVICE,
 ) -> tuple[Float[Array, "T M"], Caches, Int32[Array, "T words"] | None]:
     """One forward over the query tokens; returns their hidden states, the caches, and their experts if asked for."""
     num_rows, tile = shape.num_rows, shape.tile
