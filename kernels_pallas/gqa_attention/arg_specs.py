@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
+
+from kernels_pallas._paged.arg_specs import TINY_WORKS, Work, call_args
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +23,6 @@ class Model:
     """Of the pool, per layer."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """One call: as many tiles of query tokens, each with a table for so many context tokens."""
-
-    tiles: int
-    tokens: int
-    context: int
-    has_trees: bool = False
-
-
 MODELS = {
     "tiny": Model(
         heads=4, kv_heads=2, head_dim=64, page_size=16, dtype="float32", tensor_parallel=(1,), num_pages=65,
@@ -44,11 +35,7 @@ MODELS = {
 """4096 pages of 64 rows are 1.07 GB a layer, 86 GB over Qwen2-72B's 80 layers."""
 
 WORKS = {
-    "tiny": {
-        "decode": Work(tiles=4, tokens=1, context=128),
-        "verify": Work(tiles=3, tokens=8, context=128, has_trees=True),
-        "prefill": Work(tiles=2, tokens=16, context=128),
-    },
+    "tiny": TINY_WORKS,
     "qwen2_72b": {
         "decode": Work(tiles=128, tokens=1, context=8192),
         "tail": Work(tiles=4, tokens=1, context=32768),
@@ -92,22 +79,13 @@ def arg_specs(model: str) -> Iterator[ArgSpec]:
     of = MODELS[model]
     for name, work in WORKS[model].items():
         for degree in of.tensor_parallel:
-            rows, row_width = (work.tiles, work.tokens), of.kv_heads // degree * 2 * of.head_dim
-            trees = (_int((work.tiles,)), jax.ShapeDtypeStruct(rows, jnp.uint32)) if work.has_trees else (None, None)
+            row_width = of.kv_heads // degree * 2 * of.head_dim
             yield ArgSpec(
                 model=model,
                 work=name,
                 tensor_parallel=degree,
-                args=(
-                    jax.ShapeDtypeStruct((*rows, of.heads // degree, of.head_dim), of.dtype),
-                    jax.ShapeDtypeStruct((of.num_pages, of.page_size, row_width), of.dtype),
-                    _int((work.tiles, work.context // of.page_size)),
-                    _int(rows),
-                    *trees,
+                args=call_args(
+                    work, (of.heads // degree, of.head_dim), (of.num_pages, of.page_size, row_width), of.dtype
                 ),
                 scale=of.head_dim**-0.5,
             )
-
-
-def _int(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)

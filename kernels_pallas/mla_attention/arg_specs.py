@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
+
+from kernels_pallas._paged.arg_specs import TINY_WORKS, Work, call_args
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +28,6 @@ class Model:
     """Of the pool, per layer."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """One call: as many tiles of query tokens, each with a table for so many context tokens."""
-
-    tiles: int
-    tokens: int
-    context: int
-    has_trees: bool = False
-
-
 MODELS = {
     "tiny": Model(
         heads=4, width=80, row_width=128, value_width=64, qk_head_dim=48, page_size=16,
@@ -54,11 +45,7 @@ MODELS = {
 """tiny is the preset `tiny_math`; 4096 pages of 64 rows are 0.34 GB a layer, 21 GB over K2's 61 layers."""
 
 WORKS = {
-    "tiny": {
-        "decode": Work(tiles=4, tokens=1, context=128),
-        "verify": Work(tiles=3, tokens=8, context=128, has_trees=True),
-        "prefill": Work(tiles=2, tokens=16, context=128),
-    },
+    "tiny": TINY_WORKS,
     "moonlight": {
         "decode": Work(tiles=256, tokens=1, context=8192),
         "tail": Work(tiles=4, tokens=1, context=65536),
@@ -110,23 +97,13 @@ def arg_specs(model: str) -> Iterator[ArgSpec]:
     of = MODELS[model]
     for name, work in WORKS[model].items():
         for degree in of.tensor_parallel:
-            rows = (work.tiles, work.tokens)
-            trees = (_int((work.tiles,)), jax.ShapeDtypeStruct(rows, jnp.uint32)) if work.has_trees else (None, None)
             yield ArgSpec(
                 model=model,
                 work=name,
                 tensor_parallel=degree,
-                args=(
-                    jax.ShapeDtypeStruct((*rows, of.heads // degree, of.width), of.dtype),
-                    jax.ShapeDtypeStruct((of.num_pages, of.page_size, of.row_width), of.dtype),
-                    _int((work.tiles, work.context // of.page_size)),
-                    _int(rows),
-                    *trees,
+                args=call_args(
+                    work, (of.heads // degree, of.width), (of.num_pages, of.page_size, of.row_width), of.dtype
                 ),
                 value_width=of.value_width,
                 scale=of.qk_head_dim**-0.5,
             )
-
-
-def _int(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)

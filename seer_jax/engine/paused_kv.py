@@ -18,7 +18,7 @@ from seer_jax.core.errors import TransferError
 from seer_jax.core.sequence import Sequence
 from seer_jax.core.types import RequestId
 from seer_jax.engine.kv_transfer import HostKV, KVTransfer
-from seer_jax.kvpool import BlockKey, KVPool, PoolStats, Status, block_key
+from seer_jax.kvpool import BlockKey, KVPool, PoolStats, Status, block_key, chain_keys
 
 BLOCK_BYTES = 16 << 20
 """Size of the pool's blocks at most, unless a single page is larger: large enough to cost no time but the copy's."""
@@ -76,11 +76,12 @@ class PausedKV:
             export = self._transfer.export_pages(caches, parked.pages)
             # Its own block, even where a sibling has said the same: it is dropped when this request has it back.
             owner = f"{request_id.group_id}/{request_id.index}".encode()
-            step = _pages_per_block(export) * self._planner.pool.page_size
-            keys: list[BlockKey] = []
-            for start in range(0, len(parked.token_ids), step):
-                parent, tokens = keys[-1] if keys else None, parked.token_ids[start : start + step]
-                keys.append(block_key(parent, tokens, epoch=policy_version, layout=self._layout + owner))
+            names = {"epoch": policy_version, "layout": self._layout + owner}
+            block_tokens = _pages_per_block(export) * self._planner.pool.page_size
+            keys = chain_keys(parked.token_ids, block_tokens, **names)
+            rest = parked.token_ids[len(keys) * block_tokens :]
+            if len(rest):
+                keys.append(block_key(keys[-1] if keys else None, rest, **names))
             put = self._putting.submit(self._put, keys, export, len(parked.pages))
             self._saved[request_id] = Saved(keys, len(parked.token_ids), policy_version, put)
         self._planner.evicted.clear()

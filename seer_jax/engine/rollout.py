@@ -33,11 +33,11 @@ class RolloutStats:
         verify_time_s: Device time of verification, all instances together.
         imported_tokens: Tokens of resumed chunks whose KV came from the host or from another instance.
         max_kv_utilization: Highest share of pages in use at any instance, those of paused requests aside.
-        instances_lost: Instances that died, hung or were killed.
         blocks_corrupt: KV blocks that came damaged out of the pool; like lost ones they cost a re-prefill.
         blocks_lost: KV blocks that the pool had no room for, or gave up for others.
         spilled_bytes: KV that the pool wrote to disk.
         kv_wait_s: Time engines waited for KV from the pool, all instances together.
+        instances_lost: Instances that died, hung or were killed.
         chunks_resumed: Chunks that were under way there, and run again elsewhere from the last returned token.
     """
 
