@@ -69,6 +69,9 @@ class RolloutConfig:
     """Every so many scheduling decisions one goes to the most underserved group; 0 = never."""
     prefetch_chunks: int = 8
     """Chunks that may queue at an instance, so that free slots and pages are refilled without asking the controller."""
+    share_prompts: bool = True
+    """Whether requests of a group that run on one instance have the KV pages of their prompt in common, so that a
+    reservation counts them once. Not in the paper."""
     length_estimator: Literal["group_max", "posterior"] = "group_max"
     """What `seer` orders by. `group_max`: the longest finished sibling. `posterior`: a Bayesian estimate from finished
     siblings, from how far the others have got and from the request's own progress; not in the paper."""

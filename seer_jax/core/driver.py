@@ -242,6 +242,7 @@ class RolloutDriver:
             max_chunk_tokens=decision.max_chunk_tokens,
             max_total_tokens=request.max_total_tokens,
             num_reserved_pages=decision.num_reserved_pages,
+            num_shared_pages=decision.num_shared_pages,
             policy_version=self._policy_version,
             priority=decision.priority,
             sampling=request.group.sampling,

@@ -7,6 +7,28 @@ from dataclasses import dataclass, field, replace
 from seer_jax.core.kv.page_pool import pages_for_tokens
 from seer_jax.core.types import InstanceInfo, RequestChunk, RequestId
 
+LOAD_STEPS = 16
+"""Steps of an instance's load within which a chunk goes where siblings have its prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """KV that a chunk needs.
+
+    Attributes:
+        group_id: Its group.
+        num_tokens: Tokens of the request when the chunk ends, prompt included.
+        num_shared_tokens: Leading ones of them that running siblings can have in common; 0 = none.
+    """
+
+    group_id: int
+    num_tokens: int
+    num_shared_tokens: int = 0
+
+    def pages(self, page_size: int) -> tuple[int, int]:
+        """Pages of all tokens, and those of them that hold nothing but shared tokens."""
+        return pages_for_tokens(self.num_tokens, page_size), self.num_shared_tokens // page_size
+
 
 @dataclass(kw_only=True, eq=False, slots=True)
 class InstanceLoad:
@@ -19,13 +41,15 @@ class InstanceLoad:
         info: What the instance can hold.
         in_flight: Its chunks, running or queued there.
         queued: Those of them that wait for a slot or for pages, in order.
-        num_reserved_pages: Sum over the running ones.
+        num_reserved_pages: Pages of the running ones, those that siblings share counted once.
+        num_sharing: Running chunks of each group that shares pages here.
     """
 
     info: InstanceInfo
     in_flight: dict[RequestId, RequestChunk] = field(default_factory=dict)
     queued: list[RequestId] = field(default_factory=list)
     num_reserved_pages: int = 0
+    num_sharing: dict[int, int] = field(default_factory=dict)
 
     @property
     def max_request_tokens(self) -> int:
@@ -42,16 +66,16 @@ class InstanceLoad:
         """Whether all slots are taken by running chunks."""
         return len(self.in_flight) - len(self.queued) >= self.info.max_num_seqs
 
-    def can_start(self, num_pages: int) -> bool:
-        """Whether a chunk that reserves so many pages would start at once."""
-        return not self.queued and self._has_room(num_pages)
+    def can_start(self, chunk: RequestChunk) -> bool:
+        """Whether a chunk would start at once."""
+        return not self.queued and self._has_room(chunk)
 
     def add(self, chunk: RequestChunk) -> None:
         """Note a chunk that is sent."""
-        starts = self.can_start(chunk.num_reserved_pages)
+        starts = self.can_start(chunk)
         self.in_flight[chunk.request_id] = chunk
         if starts:
-            self.num_reserved_pages += chunk.num_reserved_pages
+            self._start(chunk)
         else:
             bisect.insort(self.queued, chunk.request_id, key=lambda request_id: self.in_flight[request_id].priority)
 
@@ -60,55 +84,82 @@ class InstanceLoad:
         if request_id in self.queued:
             self.queued.remove(request_id)
         else:
-            self.num_reserved_pages -= self.in_flight[request_id].num_reserved_pages
+            self._end(self.in_flight[request_id])
         del self.in_flight[request_id]
-        while self.queued:
-            num_pages = self.in_flight[self.queued[0]].num_reserved_pages
-            if not self._has_room(num_pages):
-                break
+        while self.queued and self._has_room(chunk := self.in_flight[self.queued[0]]):
             del self.queued[0]
-            self.num_reserved_pages += num_pages
+            self._start(chunk)
 
     def copy(self) -> "InstanceLoad":
         """Copy the bookkeeping; chunks are immutable and shared."""
-        return replace(self, in_flight=dict(self.in_flight), queued=list(self.queued))
+        return replace(
+            self, in_flight=dict(self.in_flight), queued=list(self.queued), num_sharing=dict(self.num_sharing)
+        )
 
-    def _has_room(self, num_pages: int) -> bool:
-        return not self.is_full and num_pages <= self.num_free_pages
+    def _has_room(self, chunk: RequestChunk) -> bool:
+        return not self.is_full and self._num_own_pages(chunk) <= self.num_free_pages
+
+    def _num_own_pages(self, chunk: RequestChunk) -> int:
+        """Pages of a chunk beside those that a running sibling has for it."""
+        has_sibling = chunk.request_id.group_id in self.num_sharing
+        return chunk.num_reserved_pages - (chunk.num_shared_pages if has_sibling else 0)
+
+    def _start(self, chunk: RequestChunk) -> None:
+        if not chunk.num_reserved_pages:
+            return
+        self.num_reserved_pages += self._num_own_pages(chunk)
+        if chunk.num_shared_pages:
+            group_id = chunk.request_id.group_id
+            self.num_sharing[group_id] = self.num_sharing.get(group_id, 0) + 1
+
+    def _end(self, chunk: RequestChunk) -> None:
+        if not chunk.num_reserved_pages:
+            return
+        if chunk.num_shared_pages:
+            group_id = chunk.request_id.group_id
+            self.num_sharing[group_id] -= 1
+            if not self.num_sharing[group_id]:
+                del self.num_sharing[group_id]
+        self.num_reserved_pages -= self._num_own_pages(chunk)
 
 
 def choose_instance(
-    loads: Iterable[InstanceLoad], num_tokens: int, last_instance_id: int | None, prefetch_chunks: int
+    loads: Iterable[InstanceLoad], footprint: Footprint, last_instance_id: int | None, prefetch_chunks: int
 ) -> InstanceLoad | None:
     """Choose the least loaded instance with room for a chunk's whole KV footprint (Algorithm 2, instance choice).
 
     An instance that can start the chunk at once goes before one where it would queue. Then the shorter queue, the
     instance that ran the request last (its KV may still be there), the smaller share of reserved pages, the fewer
-    chunks, the smaller id.
+    chunks, the smaller id. Where a prompt can be shared, a sixteenth of the pages more is no reason to leave siblings.
 
     Args:
         loads: The live instances.
-        num_tokens: Tokens of the request when the chunk ends, prompt included.
+        footprint: Of the chunk.
         last_instance_id: Where the request's previous chunk was; None if there was none.
         prefetch_chunks: Chunks that may queue at an instance.
 
     Returns:
         The instance, or None if the chunk can neither start nor queue anywhere now.
     """
-    best, best_key, page_size, num_pages = None, None, 0, 0
+    best, best_key, page_size, num_all, num_shared = None, None, 0, 0, 0
+    group_id, num_tokens = footprint.group_id, footprint.num_tokens
     for load in loads:  # Runs for every instance at every decision, hence no calls for what most of them fail.
         info, num_queued = load.info, len(load.queued)
         if info.page_size != page_size:
-            page_size, num_pages = info.page_size, pages_for_tokens(num_tokens, info.page_size)
+            page_size, (num_all, num_shared) = info.page_size, footprint.pages(info.page_size)
+        has_sibling = num_shared > 0 and group_id in load.num_sharing
+        num_pages = num_all - num_shared if has_sibling else num_all
         waits = num_queued > 0 or num_pages > info.num_total_pages - load.num_reserved_pages or load.is_full
         if waits and num_queued >= prefetch_chunks:
             continue
-        if num_tokens > info.max_model_len or num_pages > info.num_total_pages:
+        if num_tokens > info.max_model_len or num_all > info.num_total_pages:
             continue
         key = (
             waits,
             num_queued,
             info.instance_id != last_instance_id,
+            load.num_reserved_pages * LOAD_STEPS // info.num_total_pages if num_shared else 0,
+            not has_sibling,
             load.num_reserved_pages / info.num_total_pages,
             len(load.in_flight),
             info.instance_id,

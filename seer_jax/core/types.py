@@ -90,6 +90,8 @@ class RequestChunk:
         max_chunk_tokens: Tokens to generate at most before the request is handed back.
         max_total_tokens: Prompt plus the request's own generation limit.
         num_reserved_pages: Pages set aside at admission for the whole chunk; 0 = grow on demand, may be preempted.
+        num_shared_pages: Leading pages that hold nothing but the prompt. Chunks of one group that run on an instance at
+            the same time have them in common, and they count once; 0 = every request has its own.
         policy_version: Weights that must produce the tokens.
         priority: Smaller runs first among chunks that wait at the same instance.
         sampling: How to sample.
@@ -109,6 +111,7 @@ class RequestChunk:
     sampling: SamplingParams
     sampling_key: int
     kv: KVHandle | None = None
+    num_shared_pages: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,10 +37,12 @@ def options_of(workload: Workload) -> dict[str, dict[str, Any]]:
         "a_posterior": posterior,
         "b_half_chunk": {"chunk_size": half},
         "b_quarter_chunk": {"chunk_size": quarter},
+        "c_shared_prompts": {"share_prompts": True},
         "e_trees": {SPECULATION: "grouped_tree"},
         "trees_quarter_chunk": trees_quarter,
         "posterior_quarter_chunk": posterior | {"chunk_size": quarter},
-        "all": posterior | trees_quarter,
+        "shared_trees_quarter_chunk": {"share_prompts": True} | trees_quarter,
+        "all": {"share_prompts": True} | posterior | trees_quarter,
     }
 
 

@@ -28,6 +28,7 @@ from seer_jax.sim.rows import (
     RATE,
     READY,
     RESERVED,
+    SHARED,
     RunningRows,
 )
 
@@ -177,6 +178,10 @@ class SimInstance:
             item = self._waiting[0]
             reserved = item.chunk.num_reserved_pages * self.info.page_size
             free = self._rank_tokens - self._rows.used()
+            shared = item.chunk.num_shared_pages * self.info.page_size
+            if shared:
+                group = item.chunk.request_id.group_id
+                free += [self._rows.num_shared(rank, group, shared) for rank in range(self._num_ranks)]
             rank = int(free.argmax())
             is_empty = free[rank] >= self._rank_tokens
             spare = 0.0 if reserved or is_empty else self.info.page_size + SPARE_SHARE * self._rank_tokens
@@ -205,6 +210,7 @@ class SimInstance:
             luck,
             rank,
             reserved,
+            item.chunk.num_shared_pages * self.info.page_size,
             item.ready_s,
             *request_id,
             is_probe,

@@ -1,12 +1,14 @@
 """The requests that run on a simulated instance, as columns of numbers."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-CONTEXT, LEFT, RATE, NOISE, RANK, RESERVED, READY, GROUP, INDEX, PROBE, PROMPT = range(NUM_COLUMNS := 11)
+CONTEXT, LEFT, RATE, NOISE, RANK, RESERVED, SHARED, READY, GROUP, INDEX, PROBE, PROMPT = range(NUM_COLUMNS := 12)
 """Tokens known; tokens left of the chunk; tokens a step, 0: not known yet; luck of the chunk, in standard errors of its
-mean rate; data-parallel rank; tokens reserved, 0: it grows; time from which it decodes; group; index; class; prompt."""
+mean rate; data-parallel rank; tokens reserved, 0: it grows; those of them that siblings of the rank share; time from
+which it decodes; group; index; class; prompt."""
 
 
 class RunningRows:
@@ -28,6 +30,7 @@ class RunningRows:
         self._size = 0
         self._num_ranks, self._half_page = num_ranks, page_size / 2
         self._reserved = np.zeros(num_ranks)
+        self._members: Counter[tuple[int, int]] = Counter()  # Requests of a rank that share a group's prompt.
         self.num_growing = 0
 
     def __len__(self) -> int:
@@ -45,16 +48,25 @@ class RunningRows:
         """Append a request, its columns in order."""
         self._store[:, self._size] = row
         self._size += 1
-        self._reserved[int(row[RANK])] += row[RESERVED]
+        self._reserved[int(row[RANK])] += row[RESERVED] - self.num_shared(int(row[RANK]), int(row[GROUP]), row[SHARED])
+        if row[SHARED]:
+            self._members[int(row[RANK]), int(row[GROUP])] += 1
         self.num_growing += not row[RESERVED]
 
     def drop(self, row: int) -> None:
         """Remove a request; those behind it move up."""
         store, size = self._store, self._size
-        self._reserved[int(store[RANK, row])] -= store[RESERVED, row]
+        rank, group, shared = int(store[RANK, row]), int(store[GROUP, row]), store[SHARED, row]
+        if shared:
+            self._members[rank, group] -= 1
+        self._reserved[rank] -= store[RESERVED, row] - self.num_shared(rank, group, shared)
         self.num_growing -= not store[RESERVED, row]
         store[:, row : size - 1] = store[:, row + 1 : size]
         self._size -= 1
+
+    def num_shared(self, rank: int, group: int, shared: float) -> float:
+        """Of so many tokens that a request could share, those that siblings in a rank hold for it."""
+        return shared if self._members[rank, group] else 0.0
 
     def used(self) -> np.ndarray:
         """Tokens of room taken in each rank: float64 [ranks]."""

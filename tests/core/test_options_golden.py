@@ -103,6 +103,6 @@ def test_policies_that_need_the_truth_are_refused_where_nobody_knows_it(name):
 def test_the_estimator_is_the_one_asked_for():
     config = RolloutConfig(length_estimator="posterior")
     assert make_estimator("seer", config) == PosteriorEstimator()
-    assert switched_on(config) == ("posterior",)
+    assert switched_on(config) == ("posterior", "share_prompts")
     assert switched_on(RolloutConfig()) == ()
     assert make_estimator("divided", config) != PosteriorEstimator(), "it would only cost"

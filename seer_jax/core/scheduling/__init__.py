@@ -45,22 +45,23 @@ def make_policy(
     Raises:
         ConfigError: If there is no such policy, or it needs true lengths.
     """
+    reserving = {
+        "chunk_size": config.chunk_size,
+        "prefetch_chunks": config.prefetch_chunks,
+        "share_prompts": config.share_prompts,
+    }
     match name:
         case "seer":
-            return SeerPolicy(
-                chunk_size=config.chunk_size,
-                starvation_interval=config.starvation_interval,
-                prefetch_chunks=config.prefetch_chunks,
-            )
+            return SeerPolicy(starvation_interval=config.starvation_interval, **reserving)
         case "divided":
-            return DividedPolicy(chunk_size=config.chunk_size, prefetch_chunks=config.prefetch_chunks)
+            return DividedPolicy(**reserving)
         case "group_round_robin":
             return GroupRoundRobinPolicy()
         case "oracle" | "streamrl_oracle" if true_lengths is None:
             problem = f"{name!r} orders by true lengths, which nobody knows before a rollout has ended"
             raise ConfigError("rollout.policy", problem, "simulate it, or take one of " + ", ".join(POLICY_NAMES))
         case "oracle":
-            return OraclePolicy(chunk_size=config.chunk_size, prefetch_chunks=config.prefetch_chunks)
+            return OraclePolicy(**reserving)
         case "streamrl_oracle":
             return StreamRLOraclePolicy(true_lengths=true_lengths)
         case _:
@@ -91,4 +92,5 @@ def make_estimator(
 
 def switched_on(config: RolloutConfig) -> tuple[str, ...]:
     """Name the options that are on as `Decision.fired` does; one that is on and never fires had no effect."""
-    return ("posterior",) if config.length_estimator == "posterior" else ()
+    options = {"posterior": config.length_estimator == "posterior", "share_prompts": config.share_prompts}
+    return tuple(name for name, is_on in options.items() if is_on)

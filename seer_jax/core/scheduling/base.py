@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from seer_jax.core.buffer import RequestBuffer
-from seer_jax.core.kv.page_pool import pages_for_tokens
-from seer_jax.core.placement import InstanceLoad
+from seer_jax.core.placement import Footprint, InstanceLoad, choose_instance
 from seer_jax.core.request import RolloutRequest
 
 PROBE_PRIORITY, REST_PRIORITY = 0, 1
@@ -22,6 +21,7 @@ class Decision:
         instance_id: Where its next chunk runs.
         max_chunk_tokens: Tokens that the chunk may generate.
         num_reserved_pages: Pages set aside for it at the instance; 0 = it grows page by page and may be preempted.
+        num_shared_pages: See `RequestChunk`.
         priority: Smaller runs first among chunks queued at the instance.
         fired: Options without which this decision would have been another, by their names in the configuration.
     """
@@ -31,18 +31,45 @@ class Decision:
     max_chunk_tokens: int
     num_reserved_pages: int
     priority: int
+    num_shared_pages: int = 0
     fired: tuple[str, ...] = ()
 
 
-def start_reserved(request: RolloutRequest, load: InstanceLoad, max_chunk_tokens: int, priority: int) -> Decision:
-    """Decide to start a chunk with its whole KV footprint reserved."""
-    return Decision(
-        request=request,
-        instance_id=load.info.instance_id,
-        max_chunk_tokens=max_chunk_tokens,
-        num_reserved_pages=pages_for_tokens(request.num_tokens + max_chunk_tokens, load.info.page_size),
-        priority=priority,
-    )
+@dataclass(frozen=True, kw_only=True)
+class ReservingPolicy:
+    """What policies of divided rollout have in common: a chunk runs where its whole KV footprint fits.
+
+    Attributes:
+        chunk_size: Tokens generated per chunk.
+        prefetch_chunks: Chunks that an instance accepts beyond its slots.
+        share_prompts: Whether requests of a group that run on one instance have the pages of their prompt in common.
+    """
+
+    chunk_size: int
+    prefetch_chunks: int
+    share_prompts: bool = False
+
+    def place(self, request: RolloutRequest, loads: Mapping[int, InstanceLoad], priority: int) -> Decision | None:
+        """Start a request's next chunk on the least loaded instance; None if it fits nowhere now."""
+        max_chunk_tokens = min(self.chunk_size, request.remaining_tokens)
+        footprint = Footprint(
+            group_id=request.request_id.group_id,
+            num_tokens=request.num_tokens + max_chunk_tokens,
+            num_shared_tokens=request.num_prompt_tokens if self.share_prompts else 0,
+        )
+        load = choose_instance(loads.values(), footprint, request.instance_id, self.prefetch_chunks)
+        if load is None:
+            return None
+        num_reserved, num_shared = footprint.pages(load.info.page_size)
+        return Decision(
+            request=request,
+            instance_id=load.info.instance_id,
+            max_chunk_tokens=max_chunk_tokens,
+            num_reserved_pages=num_reserved,
+            num_shared_pages=num_shared,
+            priority=priority,
+            fired=("share_prompts",) if num_shared and footprint.group_id in load.num_sharing else (),
+        )
 
 
 @runtime_checkable
