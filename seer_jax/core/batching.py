@@ -14,16 +14,24 @@ import numpy as np
 
 from seer_jax.core.errors import ProtocolError
 from seer_jax.core.kv.page_pool import PagePool
+from seer_jax.core.kv.shared_prompts import SharedPrompt, SharedPrompts
 from seer_jax.core.sequence import NewTokens, Sequence
 from seer_jax.core.types import InstanceInfo, InstanceStatus, RequestChunk, RequestId, TokenIds
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParkedKV:
-    """Pages that a paused request left on the instance, for its next chunk: the KV of its first tokens."""
+    """Pages that a paused request left on the instance, for its next chunk: the KV of its first tokens.
+
+    Attributes:
+        pages: In order of position; the first of them may be `prompt`'s.
+        token_ids: The tokens.
+        prompt: What it shares with siblings.
+    """
 
     pages: list[int]
     token_ids: TokenIds
+    prompt: SharedPrompt | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +69,8 @@ class BatchPlanner:
     """Admits chunks, hands out pages, plans steps, books results.
 
     A cycle is `admit` (then import KV of the admitted), `plan`, run, `commit`, `release` or `park` of what finished.
-    A request copies the KV of its prompt from a sibling that runs at the same time instead of computing it again.
+    Requests of a group have the full pages of their prompt in common and write into none of them but to compute them;
+    the rest of the prompt is copied from a sibling that runs at the same time instead of computing it again.
 
     Attributes:
         parked: KV of paused requests, in order of eviction: the one parked longest first, except that the first in the
@@ -69,8 +78,8 @@ class BatchPlanner:
         evicted: Parked KV whose pages were given away since the caller last emptied this list. Their content is intact
             until the next import, copy or step.
 
-    Invariants: a page is free, parked or owned by one running sequence; a sequence with reserved pages is never
-    preempted; a running sequence has a page for every position that the planned steps write.
+    Invariants: a page is free, parked, owned by one running sequence or by a prompt (`SharedPrompts`); a sequence with
+    reserved pages is never preempted; a running sequence has a page for every position that the planned steps write.
     """
 
     def __init__(
@@ -90,6 +99,7 @@ class BatchPlanner:
         self.running: list[Sequence] = []
         self.parked: OrderedDict[RequestId, ParkedKV] = OrderedDict()
         self.evicted: list[tuple[RequestId, ParkedKV]] = []
+        self._prompts = SharedPrompts(self.pool)
         self.max_prefill_tokens, self.prefill_tile = max_prefill_tokens, prefill_tile
         self.max_steps_per_dispatch = max_steps_per_dispatch
         self._arrivals = 0
@@ -114,16 +124,23 @@ class BatchPlanner:
             spare = 0 if sequence.chunk.num_reserved_pages or not self.running else 1 + self.pool.num_total_pages // 100
             request_id = sequence.chunk.request_id
             parked = self.parked.pop(request_id, None)
-            num_missing = num_pages - len(parked.pages if parked else ())
+            prompt = parked.prompt if parked else self._prompts.find(sequence.chunk)
+            pages = parked.pages if parked else prompt.pages if prompt else []
+            if prompt:
+                prompt.num_running += 1  # So that nobody gets its pages.
+            num_missing = num_pages - len(pages)
             if not self._make_room(num_missing + spare):
+                if prompt:
+                    prompt.num_running -= 1
                 if parked:
                     self.parked[request_id] = parked
                 break
             self.waiting.pop(0)
-            if parked:
-                sequence.pages = parked.pages
-                sequence.note_kv(len(parked.token_ids))
-            sequence.pages += self.pool.allocate(num_missing)
+            sequence.pages = pages + self.pool.allocate(num_missing)
+            sequence.prompt = prompt or (None if parked else self._prompts.start(sequence.chunk, sequence.pages))
+            self._note_present(sequence, parked)
+            if parked and prompt:
+                self._prompts.leave(prompt, was_running=False)
             self.running.append(sequence)
             admitted.append(sequence)
         self._note_usage()
@@ -186,10 +203,12 @@ class BatchPlanner:
     def park(self, sequence: Sequence) -> None:
         """Release a sequence whose request goes on later; its KV stays while nobody needs the pages."""
         self._retire(sequence)
-        used = self.pool.pages_for(sequence.num_computed)
-        kept, sequence.pages = sequence.pages[:used], sequence.pages[used:]
+        used, prompt = self.pool.pages_for(sequence.num_computed), sequence.prompt
+        if prompt:
+            prompt.num_parked += 1
+        kept, sequence.pages = sequence.pages[:used], sequence.pages[: _num_shared(prompt)] + sequence.pages[used:]
         self.parked[sequence.chunk.request_id] = ParkedKV(
-            pages=kept, token_ids=sequence.token_ids[: sequence.num_computed]
+            pages=kept, token_ids=sequence.token_ids[: sequence.num_computed], prompt=prompt
         )
         self._free(sequence)
 
@@ -197,7 +216,7 @@ class BatchPlanner:
         """Give up a request's parked KV; the pages are free, their content is intact until something is written."""
         parked = self.parked.pop(request_id, None)
         if parked is not None:
-            self.pool.free(parked.pages)
+            self._leave(parked.pages, parked.prompt, was_running=False)
         return parked
 
     def status(self, **measured: float | int) -> InstanceStatus:
@@ -269,7 +288,20 @@ class BatchPlanner:
         num_pages = self.pool.pages_for(count)
         self.num_shared_tokens += count - sequence.num_computed
         sequence.note_kv(count)
-        return list(zip(leader.pages[:num_pages], sequence.pages[:num_pages], strict=True))
+        pairs = zip(leader.pages[:num_pages], sequence.pages[:num_pages], strict=True)
+        return [(source, target) for source, target in pairs if source != target]
+
+    def _note_present(self, sequence: Sequence, parked: ParkedKV | None) -> None:
+        """Note what KV lies in the pages of an admitted sequence already."""
+        prompt = sequence.prompt
+        if parked:
+            sequence.note_kv(len(parked.token_ids))
+        elif prompt:
+            size = len(prompt.token_ids)
+            others = (other for other in self.running if other.prompt is prompt)
+            if prompt.num_parked or any(other.num_computed >= size for other in others):
+                self.num_shared_tokens += size
+                sequence.note_kv(size)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -285,12 +317,18 @@ class BatchPlanner:
         self.running.remove(sequence)
 
     def _free(self, sequence: Sequence) -> None:
-        self.pool.free(sequence.pages)
-        sequence.pages = []
+        self._leave(sequence.pages, sequence.prompt, was_running=True)
+        sequence.pages, sequence.prompt = [], None
+
+    def _leave(self, pages: list[int], prompt: SharedPrompt | None, *, was_running: bool) -> None:
+        self.pool.free(pages[_num_shared(prompt) :])
+        if prompt:
+            self._prompts.leave(prompt, was_running=was_running)
 
     @property
     def _num_available_pages(self) -> int:
-        return self.pool.num_free_pages + sum(len(parked.pages) for parked in self.parked.values())
+        own = sum(len(parked.pages) - _num_shared(parked.prompt) for parked in self.parked.values())
+        return self.pool.num_free_pages + self._prompts.num_idle_pages + own
 
     def _make_room(self, num_pages: int) -> bool:
         """Evict parked KV, the oldest first, until so many pages are free; False if not even all of it would do."""
@@ -298,9 +336,13 @@ class BatchPlanner:
             return False
         while num_pages > self.pool.num_free_pages:
             request_id, parked = self.parked.popitem(last=False)
-            self.pool.free(parked.pages)
+            self._leave(parked.pages, parked.prompt, was_running=False)
             self.evicted.append((request_id, parked))
         return True
 
     def _note_usage(self) -> None:
         self.max_used_pages = max(self.max_used_pages, self.pool.num_total_pages - self._num_available_pages)
+
+
+def _num_shared(prompt: SharedPrompt | None) -> int:
+    return len(prompt.pages) if prompt else 0

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from seer_jax.core.kv.shared_prompts import SharedPrompt
 from seer_jax.core.types import ExpertIds, Logprobs, RequestChunk, TokenIds
 
 
@@ -35,7 +36,8 @@ class Sequence:
             asked for.
         num_tokens: Known tokens: prompt, earlier chunks and this chunk's.
         num_computed: Leading tokens whose KV lies in `pages`. The newest token's KV is never computed yet.
-        pages: KV pages, in order of position.
+        pages: KV pages, in order of position; the first of them are `prompt`'s.
+        prompt: What it shares with siblings; None = nothing.
     """
 
     chunk: RequestChunk
@@ -48,6 +50,7 @@ class Sequence:
     num_lost: int = field(init=False)
     """Tokens whose KV existed once and must be computed again, after a preemption or a missed import."""
     pages: list[int] = field(default_factory=list)
+    prompt: SharedPrompt | None = None
 
     def __post_init__(self) -> None:
         start = len(self.chunk.token_ids)

@@ -90,8 +90,8 @@ class RequestChunk:
         max_chunk_tokens: Tokens to generate at most before the request is handed back.
         max_total_tokens: Prompt plus the request's own generation limit.
         num_reserved_pages: Pages set aside at admission for the whole chunk; 0 = grow on demand, may be preempted.
-        num_shared_pages: Leading pages that hold nothing but the prompt. Chunks of one group that run on an instance at
-            the same time have them in common, and they count once; 0 = every request has its own.
+        num_shared_pages: Leading pages of the prompt that chunks of one group which run on an instance at the same time
+            have in common; they count once. None of them holds the prompt's last token. 0 = every request has its own.
         policy_version: Weights that must produce the tokens.
         priority: Smaller runs first among chunks that wait at the same instance.
         sampling: How to sample.
@@ -132,7 +132,7 @@ class InstanceStatus:
     Attributes:
         num_prefilled_tokens: Tokens whose KV was computed in prefill slices.
         num_reprefilled_tokens: Those of them whose KV had existed before and was lost.
-        num_shared_tokens: Prompt tokens whose KV was copied from a sibling on the instance instead.
+        num_shared_tokens: Prompt tokens whose KV a sibling on the instance had: in pages in common, or copied.
         num_imported_tokens: Tokens of resumed chunks whose KV came from the host or from another instance.
         num_drafted_tokens: Draft tokens verified.
         num_accepted_tokens: Tokens emitted by verification beyond the one that a plain step emits.

@@ -115,22 +115,23 @@ class PausedKV:
         Returns:
             The caches; the donated ones are gone.
         """
-        handle = sequence.chunk.kv
-        if handle is None or sequence.num_computed:
+        handle, num_present = sequence.chunk.kv, sequence.num_computed
+        if handle is None or num_present >= min(handle.num_tokens, sequence.num_tokens - 1):
             return caches
         saved = self._take_saved(sequence.chunk.request_id)
         kv = handle.ref if isinstance(handle.ref, HostKV) or saved is None else self._wait(saved)
         if not isinstance(kv, HostKV) or kv.policy_version != policy_version:
             return caches
         try:
-            pages = sequence.pages[: self._planner.pool.pages_for(kv.num_tokens)]
-            caches = self._transfer.import_pages(caches, pages, kv.pages)
+            # Siblings read the pages of the prompt that are there already.
+            first, end = num_present // self._planner.info.page_size, self._planner.pool.pages_for(kv.num_tokens)
+            caches = self._transfer.import_pages(caches, sequence.pages[first:end], kv.pages[first:])
         except TransferError:
             return caches
         # Nobody else may hold the host's copy for as long as the chunk runs.
         sequence.chunk = replace(sequence.chunk, kv=replace(handle, ref=None))
         sequence.note_kv(kv.num_tokens)
-        self._planner.num_imported_tokens += sequence.num_computed
+        self._planner.num_imported_tokens += sequence.num_computed - num_present
         return caches
 
     def drop(self, request_id: RequestId) -> None:

@@ -28,7 +28,6 @@ from seer_jax.sim.rows import (
     RATE,
     READY,
     RESERVED,
-    SHARED,
     RunningRows,
 )
 

@@ -87,7 +87,9 @@ def simulate(
         stop_after: Requests after which the rest is cut off.
         record: Keep the course of the rollout.
     """
-    config = RolloutConfig(**{"chunk_size": workload.chunk_size, "prefetch_chunks": 0, "share_prompts": False, **system.options})
+    config = RolloutConfig(
+        **{"chunk_size": workload.chunk_size, "prefetch_chunks": 0, "share_prompts": False, **system.options}
+    )
     lengths = {
         RequestId(group, index): int(length)
         for group, row in enumerate(requests.lengths)

@@ -166,7 +166,11 @@ class FakeCluster:
         here = [other for key, other in self._in_flight.items() if key[0] == instance_id]
         queued = self.driver.loads[instance_id].queued
         running = [other for other in here if other.request_id not in queued]
-        assert sum(other.num_reserved_pages for other in running) <= info.num_total_pages, "pages reserved twice"
+        own = sum(other.num_reserved_pages - other.num_shared_pages for other in running)
+        prompts = {other.request_id.group_id: other.num_shared_pages for other in running if other.num_reserved_pages}
+        if chunk.num_reserved_pages:
+            assert chunk.num_shared_pages * info.page_size < chunk.num_prompt_tokens
+            assert own + sum(prompts.values()) <= info.num_total_pages, "pages reserved twice"
         assert len(running) <= info.max_num_seqs, "slots given twice"
         assert self.max_queued is None or len(queued) <= self.max_queued
         self._num_sent += 1

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from seer_jax.core.batching import BatchPlanner, StepPlan
 from seer_jax.core.errors import ProtocolError
+from seer_jax.core.placement import InstanceLoad
 from seer_jax.core.sequence import NewTokens, Sequence
 from seer_jax.core.types import InstanceInfo, RequestChunk, RequestId, SamplingParams
 
@@ -25,16 +26,25 @@ def make_planner(num_pages: int = 32, max_num_seqs: int = 4, **kwargs: int) -> B
 
 
 def make_chunk(
-    index: int, prompt: int = 5, max_new: int = 10, *, reserve: bool, priority: int = 0, limit: int = 10_000
+    index: int,
+    prompt: int = 5,
+    max_new: int = 10,
+    *,
+    reserve: bool,
+    priority: int = 0,
+    limit: int = 10_000,
+    group: int = 0,
+    share: bool = False,
 ) -> RequestChunk:
     return RequestChunk(
-        request_id=RequestId(0, index),
+        request_id=RequestId(group, index),
         chunk_index=0,
-        token_ids=np.arange(prompt, dtype=np.int32) + 100,
+        token_ids=np.arange(prompt, dtype=np.int32) + 100 * (1 + group),
         num_prompt_tokens=prompt,
         max_chunk_tokens=max_new,
         max_total_tokens=prompt + limit,
         num_reserved_pages=-(-(prompt + max_new) // PAGE_SIZE) if reserve else 0,
+        num_shared_pages=(prompt - 1) // PAGE_SIZE if share else 0,
         policy_version=0,
         priority=priority,
         sampling=SamplingParams(max_tokens=limit, stop_token_ids=(STOP,)),
@@ -89,32 +99,68 @@ class FakeCache:
 
 
 def check_pages(planner: BatchPlanner) -> None:
-    """Every page is free, parked or owned by exactly one running sequence."""
-    owned = [page for owner in (*planner.running, *planner.parked.values()) for page in owner.pages]
+    """Every page is free, parked, a shared prompt's or owned by exactly one running sequence."""
+    holders = [*planner.running, *planner.parked.values()]
+    prompts = {id(owner.prompt): owner.prompt.pages for owner in holders if owner.prompt}
+    owned = [page for pages in prompts.values() for page in pages]
+    for owner in holders:
+        num_shared = len(owner.prompt.pages) if owner.prompt else 0
+        assert owner.pages[:num_shared] == (owner.prompt.pages if owner.prompt else [])
+        owned += owner.pages[num_shared:]
     assert len(set(owned)) == len(owned)
     assert len(owned) + planner.pool.num_free_pages == planner.pool.num_total_pages
     assert all(not sequence.pages for sequence in planner.waiting)
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 30), st.booleans()), min_size=1, max_size=12),
+    st.lists(
+        st.tuples(
+            st.integers(1, 20),
+            st.booleans(),
+            st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=1, max_size=6),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
     st.integers(13, 40),
     st.integers(1, 5),
     st.integers(1, 12),
+    st.booleans(),
 )
-def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_shared_or_lost(
-    requests: list[tuple[int, int, bool]], num_pages: int, max_num_seqs: int, chunk_size: int
+def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_lost(
+    groups: list[tuple[int, bool, list[tuple[int, bool]]]],
+    num_pages: int,
+    max_num_seqs: int,
+    chunk_size: int,
+    all_reserve: bool,
 ) -> None:
-    """Reserving requests run in chunks and go on from what they parked, or from nothing if it was evicted."""
+    """Reserving requests run in chunks and go on from what they parked, or from what siblings have of the prompt.
+
+    Where all reserve, the driver's books say which of them run.
+    """
     planner = make_planner(num_pages, max_num_seqs)
     cache = FakeCache(planner)
-    for index, (prompt, max_new, reserve) in enumerate(requests):
-        size = min(chunk_size, max_new) if reserve else max_new
-        planner.add(make_chunk(index, prompt, size, reserve=reserve, limit=max_new))
+    load = InstanceLoad(info=planner.info)
+    true_lengths = {}
+
+    def send(chunk: RequestChunk) -> None:
+        load.add(chunk)
+        planner.add(chunk)
+
+    for group, (prompt, share, requests) in enumerate(groups):
+        for index, (max_new, reserve) in enumerate(requests):
+            reserve |= all_reserve
+            size = min(chunk_size, max_new) if reserve else max_new
+            send(make_chunk(index, prompt, size, reserve=reserve, limit=max_new, group=group, share=share))
+            true_lengths[RequestId(group, index)] = max_new
     lengths = {}
     for _ in range(5000):
         planner.admit()
         cache.save_evicted()
+        if all_reserve:
+            assert [sequence.chunk.request_id for sequence in planner.waiting] == load.queued
+            used = planner.pool.num_total_pages - planner.status().num_free_pages
+            assert used == load.num_reserved_pages
         plan = planner.plan()
         cache.save_evicted()
         if plan is None:
@@ -129,15 +175,16 @@ def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_share
         assert sum(-(-piece.count // 4) * 4 for piece in plan.prefills) <= 16 + 3
         for sequence in cache.run(plan):
             chunk, known = sequence.chunk, sequence.token_ids[: sequence.num_tokens].copy()
+            load.remove(chunk.request_id)
             if sequence.finish_reason == "length":
                 planner.release(sequence)
-                lengths[chunk.request_id.index] = len(known) - chunk.num_prompt_tokens
+                lengths[chunk.request_id] = len(known) - chunk.num_prompt_tokens
                 continue
             planner.park(sequence)
             cache.texts[chunk.request_id] = known
             size = min(chunk_size, chunk.max_total_tokens - len(known))
             num_pages_needed = -(-(len(known) + size) // PAGE_SIZE)
-            planner.add(
+            send(
                 replace(
                     chunk,
                     chunk_index=chunk.chunk_index + 1,
@@ -146,8 +193,51 @@ def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_share
                     num_reserved_pages=num_pages_needed,
                 )
             )
-    assert lengths == {index: max_new for index, (_, max_new, _) in enumerate(requests)}
+    assert lengths == true_lengths
     assert planner.pool.num_free_pages == num_pages and not planner.running and not planner.waiting
+
+
+def test_siblings_have_the_full_pages_of_their_prompt_in_common() -> None:
+    planner = make_planner(num_pages=6 + 2 * 4)  # Own pages for each would be 30.
+    cache = FakeCache(planner)
+    for index in range(3):
+        planner.add(make_chunk(index, prompt=17, max_new=5, reserve=True, share=True))
+    leader, *followers = planner.admit()
+    assert [len(sequence.pages) for sequence in (leader, *followers)] == [6, 6, 6]
+    assert {tuple(sequence.pages[:4]) for sequence in (leader, *followers)} == {(1, 2, 3, 4)}
+    assert planner.status().num_free_pages == 14 - 6 - 2 * 2
+    plan = planner.plan()  # The others wait for the leader.
+    assert [(piece.sequence, piece.count) for piece in plan.prefills] == [(leader, 16)] and not plan.decodes
+    cache.run(plan)
+    plan = planner.plan()
+    assert plan.decodes == [leader, *followers] and not plan.copies
+    cache.run(plan)
+    assert planner.num_prefilled_tokens == 16 and planner.num_shared_tokens == 2 * 16
+
+
+def test_a_prompt_outlives_its_first_request_and_goes_with_the_last() -> None:
+    planner = make_planner(num_pages=16)
+    cache = FakeCache(planner)
+    planner.add(make_chunk(0, prompt=9, max_new=3, reserve=True, share=True))
+    planner.admit()
+    cache.run(planner.plan())
+    (first,) = cache.run(planner.plan())
+    pages = first.pages[:2]
+    cache.texts[first.chunk.request_id] = first.token_ids[: first.num_tokens].copy()
+    planner.park(first)
+    planner.add(make_chunk(1, prompt=9, max_new=3, reserve=True, share=True))
+    (second,) = planner.admit()
+    assert second.pages[:2] == pages and second.num_computed == 8
+    # Whoever needs all the rest evicts the paused sibling, but not what it shares.
+    planner.add(make_chunk(2, prompt=5, max_new=47, reserve=True, group=1))
+    planner.admit()
+    assert len(planner.running) == 2 and not planner.parked and planner.status().num_free_pages == 0
+    cache.save_evicted()
+    check_pages(planner)
+    while planner.running:
+        for sequence in cache.run(planner.plan()):
+            planner.release(sequence)
+    assert planner.pool.num_free_pages == 16
 
 
 def test_prompt_of_a_group_is_computed_once_and_copied_when_complete() -> None:

@@ -104,5 +104,5 @@ def test_the_estimator_is_the_one_asked_for():
     config = RolloutConfig(length_estimator="posterior")
     assert make_estimator("seer", config) == PosteriorEstimator()
     assert switched_on(config) == ("posterior", "share_prompts")
-    assert switched_on(RolloutConfig()) == ()
+    assert switched_on(RolloutConfig(share_prompts=False)) == ()
     assert make_estimator("divided", config) != PosteriorEstimator(), "it would only cost"

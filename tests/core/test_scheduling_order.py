@@ -255,8 +255,8 @@ def test_every_policy_is_made_by_its_name(name):
 
 
 def test_settings_reach_the_policy():
-    config = RolloutConfig(chunk_size=7, starvation_interval=5, prefetch_chunks=3)
-    assert make_policy("seer", config) == SeerPolicy(chunk_size=7, starvation_interval=5, prefetch_chunks=3)
+    settings = {"chunk_size": 7, "starvation_interval": 5, "prefetch_chunks": 3, "share_prompts": True}
+    assert make_policy("seer", RolloutConfig(**settings)) == SeerPolicy(**settings)
 
 
 def test_unknown_policy_is_refused_with_the_names_there_are():

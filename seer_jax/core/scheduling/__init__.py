@@ -56,7 +56,7 @@ def make_policy(
         case "divided":
             return DividedPolicy(**reserving)
         case "group_round_robin":
-            return GroupRoundRobinPolicy()
+            return GroupRoundRobinPolicy(share_prompts=config.share_prompts)
         case "oracle" | "streamrl_oracle" if true_lengths is None:
             problem = f"{name!r} orders by true lengths, which nobody knows before a rollout has ended"
             raise ConfigError("rollout.policy", problem, "simulate it, or take one of " + ", ".join(POLICY_NAMES))

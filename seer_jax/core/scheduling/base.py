@@ -55,7 +55,8 @@ class ReservingPolicy:
         footprint = Footprint(
             group_id=request.request_id.group_id,
             num_tokens=request.num_tokens + max_chunk_tokens,
-            num_shared_tokens=request.num_prompt_tokens if self.share_prompts else 0,
+            # A request computes its prompt's last token itself, to draw from it.
+            num_shared_tokens=request.num_prompt_tokens - 1 if self.share_prompts else 0,
         )
         load = choose_instance(loads.values(), footprint, request.instance_id, self.prefetch_chunks)
         if load is None:

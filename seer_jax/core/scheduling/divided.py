@@ -34,4 +34,3 @@ class OraclePolicy(ReservingPolicy):
         """Pick the longest; it blocks those behind it if it fits nowhere."""
         request = buffer.longest()
         return None if request is None else self.place(request, loads, PROBE_PRIORITY)
-
