@@ -52,23 +52,23 @@ def test_oracle_takes_the_longest_probe_or_not():
 
 
 def test_streamrl_deals_equal_work_and_sends_whole_groups_longest_first():
-    """Groups of 2 with lengths 40, 20, 10, 10: work 80, 40, 20, 20 on two instances is 80 and 80."""
-    true_lengths = {RequestId(g, i): length for g, length in enumerate((10, 40, 20, 10)) for i in (0, 1)}
+    """Groups of 2 with lengths 41, 36, 16, 8: squares of 1681, 1296, 256, 64 on two instances are 1681 and 1616."""
+    true_lengths = {RequestId(g, i): length for g, length in enumerate((16, 41, 36, 8)) for i in (0, 1)}
     policy = StreamRLOraclePolicy(true_lengths=true_lengths, num_buckets=2)
     long, short = policy.buckets((3, 7))
-    assert (long.group_ids, long.instance_ids, long.mean_length) == ((1,), (3,), 40)
-    assert (short.group_ids, short.instance_ids) == ((2, 0, 3), (7,)) and short.mean_length == pytest.approx(40 / 3)
+    assert (long.group_ids, long.instance_ids, long.mean_length) == ((1,), (3,), 41)
+    assert (short.group_ids, short.instance_ids) == ((2, 0, 3), (7,)) and short.mean_length == 20
     driver = RolloutDriver(policy, OracleEstimator(true_lengths))
-    for number in (3, 7):  # 16 pages of 4 tokens: of the short bucket (4 + 13.3) 3 fit, of the long one (4 + 40) 1.
-        info = make_info(number, num_total_pages=16, max_num_seqs=9, max_model_len=64)
+    for number in (3, 7):  # 18 pages of 4 tokens: of the short bucket (4 + 20) 3 fit, of the long one (4 + 41) 1.
+        info = make_info(number, num_total_pages=18, max_num_seqs=9, max_model_len=64)
         driver.handle(InstanceJoined(info=info, policy_version=0))
     groups = tuple(make_group(g, max_tokens=48) for g in range(4))
     starts = driver.handle(GroupsSubmitted(groups=groups, policy_version=0))
     assert [(s.instance_id, tuple(s.chunk.request_id)) for s in starts] == [
         (3, (1, 0)), (3, (1, 1)), (7, (2, 0)), (7, (2, 1)), (7, (0, 0)), (7, (0, 1)),
     ]  # fmt: skip
-    assert driver.handle(finish(7, starts[2].chunk, 20))[1:] == [], "three in flight and half a group are too many"
-    commands = driver.handle(finish(7, starts[3].chunk, 20))
+    assert driver.handle(finish(7, starts[2].chunk, 36))[1:] == [], "three in flight and half a group are too many"
+    commands = driver.handle(finish(7, starts[3].chunk, 36))
     assert [tuple(c.chunk.request_id) for c in commands if isinstance(c, StartChunk)] == [(3, 0), (3, 1)]
 
 
@@ -77,7 +77,7 @@ def test_streamrl_gives_every_bucket_its_share_of_the_instances():
     buckets = StreamRLOraclePolicy(true_lengths=true_lengths).buckets(tuple(range(10)))
     assert [len(bucket.instance_ids) for bucket in buckets] == [2, 3, 2, 3]
     assert sorted(g for bucket in buckets for g in bucket.group_ids) == list(range(40))
-    work = [sum(4 * (1 + g) for g in bucket.group_ids) / len(bucket.instance_ids) for bucket in buckets]
+    work = [sum(4 * (1 + g) ** 2 for g in bucket.group_ids) / len(bucket.instance_ids) for bucket in buckets]
     assert max(work) < 1.3 * min(work)
 
 

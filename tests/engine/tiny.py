@@ -93,6 +93,7 @@ def chunk(
         "max_chunk_tokens": max_chunk,
         "max_total_tokens": num_prompt + max_tokens,
         "num_reserved_pages": -(-(len(token_ids) + max_chunk) // CONFIG.page_size) if reserve else 0,
+        "num_shared_pages": (num_prompt - 1) // CONFIG.page_size,
         "policy_version": 0,
         "priority": 0,
         "sampling": sampling,

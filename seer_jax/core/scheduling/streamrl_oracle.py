@@ -32,7 +32,8 @@ class StreamRLOraclePolicy:
 
     The paper only sketches it; this is our reading. The instances are dealt into `num_buckets` parts as even as can be
     and the groups, sorted by the longest true length in them, are cut so that every instance has about the same work
-    (sum of true lengths). An instance takes a group while the requests in flight there and half the group's stay within
+    (sum of squared true lengths: the KV that a request holds times how long; by the lengths alone the instances of long
+    requests, few at a time, end far later than the others). An instance takes a group while the requests in flight there and half the group's stay within
     the number whose prompt and mean length of the bucket fit in its pages: a group is taken or left as a whole, so this
     many are in flight on average. An empty instance takes any. All
     requests of a group go to one instance, in one piece, and nothing is reserved: they grow on demand and may be
@@ -87,7 +88,7 @@ class StreamRLOraclePolicy:
         for request_id, length in self._true_lengths.items():
             lengths.setdefault(request_id.group_id, []).append(length)
         order = sorted(lengths, key=lambda group_id: (-max(lengths[group_id]), group_id))
-        work = list(itertools.accumulate(sum(lengths[group_id]) for group_id in order))
+        work = list(itertools.accumulate(sum(length**2 for length in lengths[group_id]) for group_id in order))
         num_buckets, num_instances = min(self._num_buckets, len(instance_ids)), len(instance_ids)
         buckets, first_group, first_instance = [], 0, 0
         for number in range(1, num_buckets + 1):
