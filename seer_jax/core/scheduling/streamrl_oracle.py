@@ -31,13 +31,13 @@ class StreamRLOraclePolicy:
     """Whole groups to the instances of their length bucket, longest first; fewer at a time where they are long.
 
     The paper only sketches it; this is our reading. The instances are dealt into `num_buckets` parts as even as can be
-    and the groups, sorted by the longest true length in them, are cut so that every instance has about the same work
-    (sum of squared true lengths: the KV that a request holds times how long; by the lengths alone the instances of long
-    requests, few at a time, end far later than the others). An instance takes a group while the requests in flight there and half the group's stay within
-    the number whose prompt and mean length of the bucket fit in its pages: a group is taken or left as a whole, so this
-    many are in flight on average. An empty instance takes any. All
-    requests of a group go to one instance, in one piece, and nothing is reserved: they grow on demand and may be
-    preempted. When an instance dies, groups are dealt anew over the others.
+    and the groups, sorted by the longest true length in them, are cut so that every instance has about the same work:
+    the sum of squared true lengths, since a request holds KV in proportion to its length for a time in proportion to
+    it. (By the lengths alone the instances of long requests end far later than the others.) An instance takes a group
+    while the requests in flight there and half the group's stay within the number whose prompt and mean length of the
+    bucket fit in its pages: a group is taken or left as a whole, so this many are in flight on average. An empty
+    instance takes any. All requests of a group go to one instance, in one piece, and nothing is reserved: they grow on
+    demand and may be preempted. When an instance dies, groups are dealt anew over the others.
 
     For tests and simulation only: nobody knows the true lengths of a real rollout.
 
