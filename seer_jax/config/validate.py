@@ -38,6 +38,7 @@ AT_LEAST = {
     "kvpool.dram_mib": 0,
     "kvpool.disk_mib": 0,
     "chaos.kill_instance": 0,
+    "chaos.kill_pool_owner": 0,
     "chaos.corrupt_block": 0,
     "chaos.drop_message": 0,
     "chaos.slow_instance": 1,
@@ -112,6 +113,11 @@ def _check_ranges(config: RunConfig) -> None:
         raise ConfigError("chaos.drop_message", problem, f"a share of at most {MAX_DROP_SHARE}")
     if config.chaos.drop_message and config.rollout.runtime == "local":
         raise ConfigError("chaos.drop_message", "there are no messages with --runtime local", "use --runtime ray")
+    if config.kvpool.backend == "ray" and config.rollout.runtime == "local":
+        raise ConfigError("kvpool.backend", "is 'ray', but --runtime local has no Ray", "use embedded or --runtime ray")
+    if config.chaos.kill_pool_owner and config.kvpool.backend != "ray":
+        problem = f"there are no owners with kvpool.backend={config.kvpool.backend}"
+        raise ConfigError("chaos.kill_pool_owner", problem, "use --kvpool.backend ray")
     if config.kvpool.disk_mib and config.kvpool.directory is None:
         raise ConfigError("kvpool.directory", f"is null, but kvpool.disk_mib={config.kvpool.disk_mib}", "name one")
     if config.kvpool.directory is not None and not config.kvpool.disk_mib:

@@ -20,10 +20,14 @@ from seer_jax.core.types import InstanceInfo, InstanceStatus, RequestChunk, Requ
 
 @dataclass(frozen=True, kw_only=True)
 class ParkedKV:
-    """Pages that a paused request left on the instance, for its next chunk: the KV of its first tokens."""
+    """Pages that a paused request left on the instance, for its next chunk: the KV of its first tokens.
+
+    `priority` is that of the chunk that ended.
+    """
 
     pages: list[int]
     token_ids: TokenIds
+    priority: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +193,9 @@ class BatchPlanner:
         used = self.pool.pages_for(sequence.num_computed)
         kept, sequence.pages = sequence.pages[:used], sequence.pages[used:]
         self.parked[sequence.chunk.request_id] = ParkedKV(
-            pages=kept, token_ids=sequence.token_ids[: sequence.num_computed]
+            pages=kept,
+            token_ids=sequence.token_ids[: sequence.num_computed],
+            priority=sequence.chunk.priority,
         )
         self._free(sequence)
 

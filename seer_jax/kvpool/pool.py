@@ -51,6 +51,7 @@ class PoolStats:
         num_disk_errors: Reads and writes that the file system refused.
         num_recovered: Blocks found on disk when the pool was opened.
         truncated_bytes: Bytes on disk that were cut off then, being no valid block or behind one that is not.
+        num_owners_lost: Owners of a shared pool that died with what they held.
         put_wait_s: Time puts spent waiting for memory, all threads together.
     """
 
@@ -72,6 +73,7 @@ class PoolStats:
     num_disk_errors: int = 0
     num_recovered: int = 0
     truncated_bytes: int = 0
+    num_owners_lost: int = 0
     put_wait_s: float = 0.0
 
     def since(self, before: "PoolStats") -> "PoolStats":
