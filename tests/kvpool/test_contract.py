@@ -24,9 +24,9 @@ BACKENDS = {
 }
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[*BACKENDS, pytest.param("ray", marks=pytest.mark.ray)])
 def pool(request, tmp_path):
-    pool = BACKENDS[request.param](tmp_path)
+    pool = request.getfixturevalue("ray_pool") if request.param == "ray" else BACKENDS[request.param](tmp_path)
     yield pool
     pool.close()
 
