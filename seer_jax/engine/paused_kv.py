@@ -127,7 +127,8 @@ class PausedKV:
             known = self._saved.get(request_id)
             if known is None or known.num_tokens < handle.num_tokens:
                 keys = self._keys(request_id, chunk.token_ids[: handle.num_tokens], handle.policy_version)
-                self._saved[request_id] = Saved(keys, handle.num_tokens, handle.policy_version, _done(len(keys)))
+                num_held = handle.ref.num_saved_blocks if isinstance(handle.ref, HostKV) else len(keys)
+                self._saved[request_id] = Saved(keys, handle.num_tokens, handle.policy_version, _done(num_held))
         if not isinstance(handle.ref, HostKV) and request_id not in self._planner.parked:
             self._begin_fetch(request_id)
 
@@ -148,12 +149,15 @@ class PausedKV:
         export = None if parked is None else self._transfer.export_pages(caches, parked.pages)
 
         def wait() -> HostKV | None:
-            if saved is not None:
-                saved.put.result()
+            num_saved = 0 if saved is None else saved.put.result()
             if parked is None:
                 return None
-            pages = np.asarray(export)[: len(parked.pages)]
-            return HostKV(pages=pages, num_tokens=len(parked.token_ids), policy_version=policy_version)
+            return HostKV(
+                pages=np.asarray(export)[: len(parked.pages)],
+                num_tokens=len(parked.token_ids),
+                policy_version=policy_version,
+                num_saved_blocks=num_saved,
+            )
 
         return wait
 
@@ -242,31 +246,20 @@ class PausedKV:
         export = self._transfer.export_pages(caches, pages)
         # What the scheduler runs first is kept longest; then no block is kept longer than those it is useless without.
         priority = -parked.priority - first * BLOCK_TOKENS / self._planner.info.max_model_len
-        put = self._putting.submit(self._put, keys, first, export, len(pages), priority, replaced)
+        put = self._putting.submit(self._put, keys, first, export, len(pages), priority)
+        if replaced:
+            self._putting.submit(self._pool.drop, replaced)
         self._saved[request_id] = Saved(keys, len(parked.token_ids), policy_version, put)
 
-    def _put(
-        self,
-        keys: list[BlockKey],
-        first: int,
-        export: jax.Array,
-        num_pages: int,
-        priority: float,
-        replaced: list[BlockKey],
-    ) -> int:
+    def _put(self, keys: list[BlockKey], first: int, export: jax.Array, num_pages: int, priority: float) -> int:
         """Put the blocks from the first exported one on; returns how many of the first the pool has then."""
-        blocks = self._cut(np.asarray(export)[:num_pages])
-        if replaced:
-            self._pool.drop(replaced)
+        pages = np.asarray(export)[:num_pages]
         # A pool that evicts, or whose owner died, has less than it was given; the next save sends it again.
-        held = self._pool.contains(keys)
+        held = self._pool.contains(keys[:first]) if first else []
         # From the back, so that the first blocks count as used last.
-        missing = [i for i in reversed(range(first, len(keys))) if not held[i]]
-        buffers = [blocks[i - first] for i in missing]
-        statuses = self._pool.put_blocks([keys[i] for i in missing], buffers, priority=priority)
-        for i, status in zip(missing, statuses, strict=True):
-            held[i] = status is Status.STORED
-        self.num_saved_bytes += sum(buffer.nbytes for buffer in buffers)
+        statuses = self._pool.put_blocks(keys[first:][::-1], self._cut(pages)[::-1], priority=priority)[::-1]
+        held += [status is Status.STORED for status in statuses]
+        self.num_saved_bytes += pages.nbytes
         self._num_refused += len(statuses) - statuses.count(Status.STORED)
         if self._num_to_corrupt and self._pool.flip_bit(keys[first]):
             self._num_to_corrupt -= 1
@@ -303,6 +296,8 @@ class PausedKV:
         num_hits = next((i for i, status in enumerate(statuses) if status is not Status.HIT), len(statuses))
         if num_hits == len(statuses):
             self.costs.move.note(pages.nbytes, time.perf_counter() - started)
+        else:
+            saved.put = _done(num_hits)
         if not num_hits:
             return None
         num_tokens = min(saved.num_tokens, num_hits * self._pages_per_block * self._page_shape[1])

@@ -8,7 +8,7 @@ import jax
 import pytest
 import ray
 
-from seer_jax.config.schema import ChaosConfig, RolloutConfig, RunConfig
+from seer_jax.config.schema import ChaosConfig, KVPoolConfig, RolloutConfig, RunConfig
 from seer_jax.core.commands import Command
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.errors import InstanceLostError
@@ -173,3 +173,22 @@ def test_an_instance_that_hangs_or_whose_device_fails_is_replaced(actor, expecte
     assert [event.instance_id for event in log if isinstance(event, InstanceLost)] == [0]
     assert result.stats.chunks_resumed > 0
     cluster.close()
+
+
+def test_kv_in_the_shared_pool_outlives_its_instance_and_a_pool_owner_that_dies_costs_no_token(expected):
+    chaos = ChaosConfig(kill_instance=2, seed=7)
+    results = {}
+    for backend, faults in (
+        ("embedded", chaos),
+        ("ray", chaos),
+        ("ray", dataclasses.replace(chaos, kill_pool_owner=2)),
+    ):
+        config = dataclasses.replace(CONFIG, chaos=faults, kvpool=KVPoolConfig(backend=backend, move="always"))
+        cluster = RayCluster(config, tiny.MODEL, tiny.params())
+        result, _ = roll_out(cluster, faults)
+        assert result.stats.output_sha256 == expected.stats.output_sha256
+        assert result.stats.instances_lost == 2 and result.stats.pool_owners_lost == faults.kill_pool_owner
+        results[backend, faults.kill_pool_owner] = result.stats
+        cluster.close()
+    assert results["embedded", 0].re_prefilled_tokens > 50
+    assert results["ray", 0].re_prefilled_tokens < results["embedded", 0].re_prefilled_tokens / 2
