@@ -78,14 +78,16 @@ class PoolOwners:
             self._start_directory() if is_directory else self._start(node)
 
     def kill(self) -> None:
-        """Let an owner die, as a fault would.
+        """Let an owner die, as a fault would; returns when that shows in `watches`.
 
         Raises:
             ProtocolError: If none is left.
         """
         if not self.actors:
             raise ProtocolError("no owner of the KV pool is left")
-        ray.kill(next(iter(self.actors.values())))
+        node, actor = next(iter(self.actors.items()))
+        ray.kill(actor)
+        ray.wait([watch for watch, name in self.watches.items() if name == node], timeout=START_TIMEOUT_S)
 
     def start_iteration(self) -> None:
         """Count anew."""

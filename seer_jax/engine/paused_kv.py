@@ -121,7 +121,7 @@ class PausedKV:
     def arrive(self, chunk: RequestChunk) -> None:
         """Begin to bring the KV of a chunk back from the pool, while it waits for a slot."""
         handle, request_id = chunk.kv, chunk.request_id
-        if handle is None:
+        if handle is None or request_id in self._planner.parked:
             return
         if self._pool.is_shared:
             known = self._saved.get(request_id)
@@ -129,7 +129,7 @@ class PausedKV:
                 keys = self._keys(request_id, chunk.token_ids[: handle.num_tokens], handle.policy_version)
                 num_held = handle.ref.num_saved_blocks if isinstance(handle.ref, HostKV) else len(keys)
                 self._saved[request_id] = Saved(keys, handle.num_tokens, handle.policy_version, _done(num_held))
-        if not isinstance(handle.ref, HostKV) and request_id not in self._planner.parked:
+        if not isinstance(handle.ref, HostKV):
             self._begin_fetch(request_id)
 
     def begin_take(
