@@ -10,7 +10,7 @@ from seer_jax.config.schema import RunConfig, num_mesh_devices
 from seer_jax.engine.cluster import LocalCluster
 from seer_jax.engine.engine import Engine
 from seer_jax.kvpool import KVPool
-from seer_jax.kvpool.factory import open_embedded_pool
+from seer_jax.kvpool.factory import open_pool
 from seer_jax.models.config import DecoderConfig
 from seer_jax.sharding import make_mesh
 
@@ -34,7 +34,7 @@ def build_engine(
         instance_id: Name in events.
         place: Which of the run's instances it is, or replaces; names its directory in the KV pool's.
         first_device: Index of the mesh's first device in this process.
-        kv_pool: One that instances share; None = one of its own.
+        kv_pool: Its view of a pool that instances share; None = what `kvpool.backend` names.
 
     Raises:
         ConfigError: If the mesh does not fit the devices or the model.
@@ -47,7 +47,7 @@ def build_engine(
         speculation=config.speculation,
         instance_id=instance_id,
         mesh=make_mesh(config.sharding, jax.devices()[first_device:]),
-        kv_pool=open_embedded_pool(config, f"instance-{place}") if kv_pool is None else kv_pool,
+        kv_pool=open_pool(config, f"instance-{place}") if kv_pool is None else kv_pool,
         always_moves_kv=config.kvpool.move == "always",
         chaos=config.chaos,
     )

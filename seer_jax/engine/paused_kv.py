@@ -147,9 +147,15 @@ class PausedKV:
             return (lambda: None) if fetch is None else fetch.result
         self._saved.pop(request_id, None)
         export = None if parked is None else self._transfer.export_pages(caches, parked.pages)
+        num_full = len(saved.keys) if saved is not None else 0
+        if saved is not None and parked is not None and saved.num_tokens < len(parked.token_ids):
+            # The pool was busy at the end of the last chunk. A partial block of the one before is of no more use.
+            partial = [key for key in saved.keys if key.num_tokens < self._pages_per_block * self._page_shape[1]]
+            num_full -= len(partial)
+            self._putting.submit(self._pool.drop, partial)
 
         def wait() -> HostKV | None:
-            num_saved = 0 if saved is None else saved.put.result()
+            num_saved = 0 if saved is None else min(num_full, saved.put.result())
             if parked is None:
                 return None
             return HostKV(

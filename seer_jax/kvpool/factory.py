@@ -3,8 +3,29 @@
 from pathlib import Path
 
 from seer_jax.config.schema import RunConfig
-from seer_jax.core.errors import ConfigError
+from seer_jax.core.errors import ConfigError, ProtocolError
 from seer_jax.kvpool.embedded import EmbeddedKVPool
+from seer_jax.kvpool.pool import KVPool
+
+
+def open_pool(config: RunConfig, name: str) -> KVPool:
+    """Open an instance's pool, by the name of the backend.
+
+    `ray` is not opened here: an instance's actor brings it, since only `distributed` knows Ray.
+
+    Args:
+        config: The run.
+        name: Of its directory in `kvpool.directory`, if it has one.
+
+    Raises:
+        ConfigError: If its settings cannot be used.
+        ProtocolError: For a backend that is not opened here.
+    """
+    match config.kvpool.backend:
+        case "embedded":
+            return open_embedded_pool(config, name)
+        case backend:
+            raise ProtocolError(f"a KV pool of backend {backend!r} is not opened by the instance itself")
 
 
 def open_embedded_pool(config: RunConfig, name: str) -> EmbeddedKVPool:
