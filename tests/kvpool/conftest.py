@@ -10,7 +10,7 @@ from seer_jax.distributed.ray_cluster import start_ray
 from seer_jax.kvpool import EmbeddedKVPool
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_running():
     start_ray()
     yield
