@@ -59,6 +59,9 @@ class RolloutConfig:
     """`ray`: one actor process per instance. `local`: all instances in this process, for debugging."""
     instances: int = 2
     """Number of instances (model replicas)."""
+    min_instances: int = 0
+    """Instances that must be ready for the first rollout to begin; the others join in the middle of it, as soon as Ray
+    has a place for them. 0 = all."""
     num_groups: int = 16
     """Prompts per iteration."""
     group_size: int = 8

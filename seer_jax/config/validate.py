@@ -15,6 +15,7 @@ AT_LEAST = {
     "sampling.temperature": 0,
     "sampling.top_k": 0,
     "rollout.instances": 1,
+    "rollout.min_instances": 0,
     "rollout.num_groups": 1,
     "rollout.group_size": 1,
     "rollout.chunk_size": 1,
@@ -108,6 +109,13 @@ def _check_ranges(config: RunConfig) -> None:
     if config.sharding.data > 1:
         problem = f"is {config.sharding.data}, but rows and cache of an instance are not split over it yet"
         raise ConfigError("sharding.data", problem, "raise rollout.instances instead")
+    rollout = config.rollout
+    if rollout.min_instances > rollout.instances:
+        problem = f"is {rollout.min_instances}, above rollout.instances={rollout.instances}"
+        raise ConfigError("rollout.min_instances", problem, "give at most that, or 0 to wait for all")
+    if rollout.min_instances and rollout.runtime == "local":
+        problem = f"is {rollout.min_instances}, but with --runtime local all instances are there at once"
+        raise ConfigError("rollout.min_instances", problem, "give 0, or use --runtime ray")
     if config.chaos.drop_message > MAX_DROP_SHARE:
         problem = f"is {config.chaos.drop_message}: too little would arrive in time"
         raise ConfigError("chaos.drop_message", problem, f"a share of at most {MAX_DROP_SHARE}")

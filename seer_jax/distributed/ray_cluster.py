@@ -1,6 +1,7 @@
 """The cluster of instance actors, as the rollout loop sees it."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from seer_jax.distributed.draft_sync import DraftServers
 from seer_jax.distributed.instance_actor import MAX_CONCURRENCY, InstanceActor
 from seer_jax.distributed.mailbox import Outbox
 from seer_jax.distributed.pool_owners import PoolOwners
-from seer_jax.distributed.resources import actor_resources, check_resources, find_platform
+from seer_jax.distributed.resources import actor_resources, check_resources, find_platform, min_instances
 from seer_jax.kvpool import PoolStats
 
 FLUSH_TIMEOUT_S = 30.0
@@ -66,7 +67,7 @@ class RayCluster:
     def __init__(
         self, config: RunConfig, model_config: Any, params: Mapping[str, Any], *, first_instance_id: int = 0
     ) -> None:
-        """Start Ray unless it runs, start the actors and wait until every engine is compiled.
+        """Start Ray unless it runs, start the actors and wait until `rollout.min_instances` engines are compiled.
 
         Args:
             config: The run; `rollout.instances` actors are started.
@@ -102,10 +103,13 @@ class RayCluster:
                 max_concurrency=MAX_CONCURRENCY, **actor_resources(self._platform, config)
             )
             started = [self._start(place) for place in range(config.rollout.instances)]
-            for ref, info in zip(started, _get_infos(started), strict=True):
+            first, later = ray.wait(started, num_returns=min_instances(config))
+            for ref, info in zip(first, _get_infos(first), strict=True):
                 instance = self._starting.pop(ref)
                 instance.info = info
                 self._instances[instance.instance_id] = instance
+            for ref in later:
+                self._starting[ref].heard = math.inf  # Ray may have no place for it, for as long as it takes.
             if config.speculation.mode in ("grouped", "grouped_tree"):
                 speculation = config.speculation
                 self._draft_servers = DraftServers(speculation.draft_servers, speculation.memory_tokens)
@@ -234,7 +238,7 @@ class RayCluster:
         return ref
 
     def _go_on_starting(self, ref: Any) -> list[Event]:
-        """Take a replacement's next step: built, then told the version of its weights, then joined."""
+        """Take a later instance's next step: built, then told the version of its weights, then joined."""
         instance = self._starting.pop(ref)
         try:
             result = ray.get(ref)

@@ -26,18 +26,27 @@ def find_platform() -> str:
 
 
 def check_resources(platform: str, config: RunConfig) -> None:
-    """Refuse instances that the nodes could not hold even when idle, each on one node: Ray would wait for ever."""
+    """Refuse instances that the nodes could not hold even when idle, each on one node: Ray would wait for ever.
+
+    Instances that may join later are left out: their nodes may come with them.
+    """
     if platform == "cpu":
         return
+    needed, setting = min_instances(config), "min_instances" if config.rollout.min_instances else "instances"
     size, name = num_mesh_devices(config.sharding), platform.upper()
     per_node = [int(node["Resources"].get(name, 0)) for node in ray.nodes() if node["Alive"]]
     num_fitting = sum(available // size for available in per_node)
-    if config.rollout.instances > num_fitting:
+    if needed > num_fitting:
         raise ConfigError(
-            "rollout.instances" if num_fitting else "sharding",
-            f"{config.rollout.instances} instances of {size} {name}s, each on one node, do not fit nodes of {per_node}",
-            "lower rollout.instances or an axis of sharding",
+            f"rollout.{setting}" if num_fitting else "sharding",
+            f"{needed} instances of {size} {name}s, each on one node, do not fit nodes of {per_node}",
+            f"lower rollout.{setting} or an axis of sharding",
         )
+
+
+def min_instances(config: RunConfig) -> int:
+    """Instances without which no rollout begins."""
+    return config.rollout.min_instances or config.rollout.instances
 
 
 def actor_resources(platform: str, config: RunConfig) -> dict[str, Any]:
