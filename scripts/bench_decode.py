@@ -151,6 +151,7 @@ class ForcedLengths:
         self._cluster, self._lengths = cluster, lengths
         self.infos = cluster.infos
         self.start_iteration, self.close = cluster.start_iteration, cluster.close
+        self.pool_stats = cluster.pool_stats
 
     def send(self, chunks: Mapping[int, Sequence[RequestChunk]]) -> None:
         """Cut each request at its length."""

@@ -19,13 +19,14 @@ import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-from seer_jax.kvpool import BlockKey, EmbeddedKVPool, Status, block_key, fingerprint
+from seer_jax.kvpool import BlockKey, EmbeddedKVPool, KVPool, Status, block_key, fingerprint
 from seer_jax.kvpool.eviction import Ranks, VictimQueue
 
 BLOCK_BYTES = (64 << 10, 1 << 20, 16 << 20)
@@ -54,15 +55,19 @@ def main() -> None:
     parser.add_argument(
         "--prefill-tokens-per-s", type=float, default=10_000, help="assumed rate of re-prefill for the migration table"
     )
+    parser.add_argument("--ray", action="store_true", help="an owner in another process too, a block per call")
     parser.add_argument("--json", action="store_true", help="last line is one JSON object")
     args = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="kvpool-", dir=args.directory))
     try:
         tiers = {"dram": [], "disk": []}
         for size in BLOCK_BYTES:
-            tiers["dram"].append(bench_dram(size, args.rounds))
+            tiers["dram"].append(bench_memory(size, args.rounds, EmbeddedKVPool(TOTAL_BYTES)))
             tiers["disk"].append(bench_disk(size, args.rounds, directory))
             print(tiers["dram"][-1], tiers["disk"][-1], sep="\n", flush=True)
+        if args.ray:
+            tiers["ray"] = [bench_ray(size, args.rounds) for size in BLOCK_BYTES]
+            print(*tiers["ray"], sep="\n", flush=True)
     finally:
         shutil.rmtree(directory)
     result = {
@@ -81,12 +86,27 @@ def main() -> None:
     print(json.dumps(result, indent=None if args.json else 2))
 
 
-def bench_dram(size: int, rounds: int) -> dict[str, float]:
+def bench_ray(size: int, rounds: int) -> dict[str, float]:
+    """`bench_memory` of a pool whose owner is an actor on this machine."""
+    import ray
+
+    from seer_jax.distributed.kv_pool import MAX_CONCURRENCY, PoolOwner, RayKVPool
+    from seer_jax.distributed.ray_cluster import start_ray
+
+    start_ray()
+    owner = ray.remote(PoolOwner).options(num_cpus=0, max_concurrency=MAX_CONCURRENCY)
+    pool = RayKVPool("here")
+    pool.connect({"here": owner.remote(partial(EmbeddedKVPool, TOTAL_BYTES))}, None)
+    row = bench_memory(size, rounds, pool)
+    ray.shutdown()
+    return row
+
+
+def bench_memory(size: int, rounds: int, pool: KVPool) -> dict[str, float]:
     """Put and get without a disk, beside memcpy between buffers of the same sizes."""
     keys, sources = make_blocks(size)
     target = np.zeros((len(keys), size), np.uint8)
     out = np.zeros(size, np.uint8)
-    pool = EmbeddedKVPool(TOTAL_BYTES)
 
     def start_round() -> None:
         pool.drop(keys)

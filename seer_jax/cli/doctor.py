@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,10 @@ def examine() -> dict[str, Any]:
         "devices": _list_devices(problems),
         "compilation_cache": _measure_compilation_cache(),
         "kernels": _list_kernels(),
+        "kvpool_backends": {
+            "embedded": "memory and disk of each instance",
+            "ray": "an owner per node, with --runtime ray" if find_spec("ray") else "ray is not installed",
+        },
         "presets": list(list_presets()),
         "problems": problems + _check_ray() + _check_run_dir(),
     }

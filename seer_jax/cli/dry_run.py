@@ -65,6 +65,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "chunks_per_request_max": math.ceil(config.sampling.max_tokens / rollout.chunk_size),
         "prompt_tokens_max": task.max_prompt_tokens,
         "stop_token_ids": stop_token_ids(config, model),
+        "kvpool_backend": config.kvpool.backend,
         "pages_per_instance": engine.num_pages,
         "kv_tokens_per_instance": (engine.num_pages - 1) * engine.page_size,
         "kv_bytes_per_token": kv_bytes_per_token,

@@ -54,8 +54,8 @@ EXPERT_IDS_FILE = "expert_ids.npz"
 """Beside the samples, with `engine.expert_ids`: an array `<group id>-<index>` for each (`core.types.Sample`)."""
 MODEL_DIRECTORY = "model"
 CHANGEABLE = (
-    "rollout.instances", "rollout.runtime", "rollout.instance_timeout_s", "rollout.max_replacements", "kvpool.",
-    "chaos.", "run_dir",
+    "rollout.instances", "rollout.min_instances", "rollout.runtime", "rollout.instance_timeout_s",
+    "rollout.max_replacements", "kvpool.", "chaos.", "run_dir",
 )  # fmt: skip
 """Settings, or how they begin, that a resumed rollout may have otherwise than it began with."""
 PROFILE_REPEATS = 50

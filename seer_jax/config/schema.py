@@ -59,6 +59,9 @@ class RolloutConfig:
     """`ray`: one actor process per instance. `local`: all instances in this process, for debugging."""
     instances: int = 2
     """Number of instances (model replicas)."""
+    min_instances: int = 0
+    """Instances that must be ready for the first rollout to begin; the others join in the middle of it, as soon as Ray
+    has a place for them. 0 = all."""
     num_groups: int = 16
     """Prompts per iteration."""
     group_size: int = 8
@@ -199,14 +202,19 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KVPoolConfig:
-    """Where the KV of paused requests goes when others need their pages; each instance has its own."""
+    """Where the KV of paused requests goes."""
 
+    backend: Literal["embedded", "ray"] = "embedded"
+    """`embedded`: each instance has its own pool, used when others need the pages; it dies with the instance. `ray`: an
+    owner per node, which all share; KV goes there at the end of every chunk and outlives its instance."""
     dram_mib: int = 4096
-    """Host memory of an instance, in MiB."""
+    """Host memory of each pool or owner, in MiB."""
     disk_mib: int = 0
-    """Disk space of an instance beyond that, in MiB; 0 = none."""
+    """Disk space of each beyond that, in MiB; 0 = none."""
     directory: str | None = None
     """Where its files go, best on a local SSD; an earlier run's are deleted."""
+    move: Literal["cheaper", "always"] = "cheaper"
+    """`cheaper`: KV in the pool is computed again instead where that is measured to be faster. `always`: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +225,8 @@ class ChaosConfig:
     """Instances killed at random moments of a rollout."""
     drop_message: float = 0.0
     """Share of the messages between controller and instances that get lost, with `runtime: ray`."""
+    kill_pool_owner: int = 0
+    """Owners of the KV pool killed at random moments of a rollout, with `kvpool.backend: ray`."""
     corrupt_block: int = 0
     """KV blocks that are damaged in the pool of each instance, the first ones put there in an iteration."""
     fill_disk: bool = False

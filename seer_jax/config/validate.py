@@ -15,6 +15,7 @@ AT_LEAST = {
     "sampling.temperature": 0,
     "sampling.top_k": 0,
     "rollout.instances": 1,
+    "rollout.min_instances": 0,
     "rollout.num_groups": 1,
     "rollout.group_size": 1,
     "rollout.chunk_size": 1,
@@ -38,6 +39,7 @@ AT_LEAST = {
     "kvpool.dram_mib": 0,
     "kvpool.disk_mib": 0,
     "chaos.kill_instance": 0,
+    "chaos.kill_pool_owner": 0,
     "chaos.corrupt_block": 0,
     "chaos.drop_message": 0,
     "chaos.slow_instance": 1,
@@ -107,11 +109,23 @@ def _check_ranges(config: RunConfig) -> None:
     if config.sharding.data > 1:
         problem = f"is {config.sharding.data}, but rows and cache of an instance are not split over it yet"
         raise ConfigError("sharding.data", problem, "raise rollout.instances instead")
+    rollout = config.rollout
+    if rollout.min_instances > rollout.instances:
+        problem = f"is {rollout.min_instances}, above rollout.instances={rollout.instances}"
+        raise ConfigError("rollout.min_instances", problem, "give at most that, or 0 to wait for all")
+    if rollout.min_instances and rollout.runtime == "local":
+        problem = f"is {rollout.min_instances}, but with --runtime local all instances are there at once"
+        raise ConfigError("rollout.min_instances", problem, "give 0, or use --runtime ray")
     if config.chaos.drop_message > MAX_DROP_SHARE:
         problem = f"is {config.chaos.drop_message}: too little would arrive in time"
         raise ConfigError("chaos.drop_message", problem, f"a share of at most {MAX_DROP_SHARE}")
     if config.chaos.drop_message and config.rollout.runtime == "local":
         raise ConfigError("chaos.drop_message", "there are no messages with --runtime local", "use --runtime ray")
+    if config.kvpool.backend == "ray" and config.rollout.runtime == "local":
+        raise ConfigError("kvpool.backend", "is 'ray', but --runtime local has no Ray", "use embedded or --runtime ray")
+    if config.chaos.kill_pool_owner and config.kvpool.backend != "ray":
+        problem = f"there are no owners with kvpool.backend={config.kvpool.backend}"
+        raise ConfigError("chaos.kill_pool_owner", problem, "use --kvpool.backend ray")
     if config.kvpool.disk_mib and config.kvpool.directory is None:
         raise ConfigError("kvpool.directory", f"is null, but kvpool.disk_mib={config.kvpool.disk_mib}", "name one")
     if config.kvpool.directory is not None and not config.kvpool.disk_mib:

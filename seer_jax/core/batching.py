@@ -23,14 +23,12 @@ from seer_jax.core.types import InstanceInfo, InstanceStatus, RequestChunk, Requ
 class ParkedKV:
     """Pages that a paused request left on the instance, for its next chunk: the KV of its first tokens.
 
-    Attributes:
-        pages: In order of position; the first of them may be `prompt`'s.
-        token_ids: The tokens.
-        prompt: What it shares with siblings.
+    `pages` are in order of position, the first may be `prompt`'s; `priority` is that of the chunk that ended.
     """
 
     pages: list[int]
     token_ids: TokenIds
+    priority: int = 0
     prompt: SharedPrompt | None = None
 
 
@@ -208,7 +206,10 @@ class BatchPlanner:
             prompt.num_parked += 1
         kept, sequence.pages = sequence.pages[:used], sequence.pages[: _num_shared(prompt)] + sequence.pages[used:]
         self.parked[sequence.chunk.request_id] = ParkedKV(
-            pages=kept, token_ids=sequence.token_ids[: sequence.num_computed], prompt=prompt
+            pages=kept,
+            token_ids=sequence.token_ids[: sequence.num_computed],
+            priority=sequence.chunk.priority,
+            prompt=prompt,
         )
         self._free(sequence)
 

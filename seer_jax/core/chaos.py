@@ -18,18 +18,20 @@ class Chaos:
         self._config = config
         self._rng = random.Random(config.seed)
         self._kill_at: list[int] = []
+        self._kill_owner_at: list[int] = []
         self._killed: set[int] = set()
         self.num_dropped = 0
         """Messages lost so far."""
 
     def start(self, num_requests: int) -> None:
-        """Choose after how many finished requests instances are killed.
+        """Choose after how many finished requests instances and pool owners are killed.
 
         Args:
             num_requests: Of the rollout that begins.
         """
         last = int(KILL_UNTIL * num_requests)
         self._kill_at = sorted(self._rng.randint(0, last) for _ in range(self._config.kill_instance))
+        self._kill_owner_at = sorted(self._rng.randint(0, last) for _ in range(self._config.kill_pool_owner))
 
     def victims(self, num_finished: int, loads: Mapping[int, InstanceLoad]) -> list[int]:
         """Choose instances to kill now: at most one at a time, and only one that runs something.
@@ -48,6 +50,13 @@ class Chaos:
         victim = self._rng.choice(busy)
         self._killed.add(victim)
         return [victim]
+
+    def kills_pool_owner(self, num_finished: int) -> bool:
+        """Whether an owner of the shared KV pool dies now, `num_finished` requests having finished."""
+        is_due = bool(self._kill_owner_at) and num_finished >= self._kill_owner_at[0]
+        if is_due:
+            self._kill_owner_at.pop(0)
+        return is_due
 
     def drops_message(self) -> bool:
         """Whether the message in hand is lost."""

@@ -142,6 +142,9 @@ class InstanceStatus:
         num_lost_blocks: KV blocks that the pool had no room for, or gave up for others.
         num_spilled_bytes: KV that the pool wrote to disk.
         kv_wait_s: Time the engine waited for KV from the pool.
+        num_saved_bytes: KV sent to the pool.
+        num_declined_moves: Times that KV in the pool was computed again because that was measured to be faster.
+        pool_peak_bytes: Most memory that the pool had in use since it was opened, if it is this instance's own.
     """
 
     instance_id: int
@@ -170,6 +173,9 @@ class InstanceStatus:
     num_lost_blocks: int = 0
     num_spilled_bytes: int = 0
     kv_wait_s: float = 0.0
+    num_saved_bytes: int = 0
+    num_declined_moves: int = 0
+    pool_peak_bytes: int = 0
     policy_version: int = 0
 
 

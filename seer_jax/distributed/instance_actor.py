@@ -22,6 +22,7 @@ from seer_jax.config.schema import RunConfig, num_mesh_devices
 from seer_jax.core.chaos import delay_s
 from seer_jax.core.events import Event, InstanceReport
 from seer_jax.core.types import InstanceInfo, RequestChunk, RequestId
+from seer_jax.distributed.kv_pool import RayKVPool
 from seer_jax.distributed.mailbox import Answer, Batches, Mailbox
 
 REPORT_INTERVAL_S = 0.5
@@ -80,7 +81,12 @@ class InstanceActor:
         from seer_jax.distributed.draft_sync import DraftSync
         from seer_jax.engine.factory import build_engine
 
-        self._engine = build_engine(config, model_config, params, instance_id=instance_id, place=place)
+        self._shared_pool: RayKVPool | None = None
+        if config.kvpool.backend == "ray":
+            self._shared_pool = RayKVPool(ray.get_runtime_context().get_node_id())
+        self._engine = build_engine(
+            config, model_config, params, instance_id=instance_id, place=place, kv_pool=self._shared_pool
+        )
         self._peers: Mapping[int, Any] = {}
         self._inbox: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
         self._happened: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -103,9 +109,13 @@ class InstanceActor:
             threading.Thread(target=self._draft_sync.serve, name="drafts", daemon=True).start()
         return self._engine.info
 
-    def meet(self, peers: Mapping[int, Any], draft_servers: Sequence[Any]) -> None:
-        """Learn the actors of all instances, from which paused requests may come, and of the draft servers."""
+    def meet(
+        self, peers: Mapping[int, Any], draft_servers: Sequence[Any], owners: Mapping[str, Any], directory: Any
+    ) -> None:
+        """Learn the actors of all instances, from which paused requests may come, of draft servers and KV pool."""
         self._peers = peers
+        if self._shared_pool is not None:
+            self._shared_pool.connect(owners, directory)
         if self._draft_sync is not None:
             self._draft_sync.connect(draft_servers)
 
@@ -184,14 +194,14 @@ class InstanceActor:
         return done.result() if done.done() else self._thread.result()
 
     def _fetch(self, chunk: RequestChunk) -> None:
-        """Get the KV from the instance that keeps it, then queue the chunk; without KV if that instance is gone."""
+        """Get the KV from the instance that keeps it, then queue the chunk; without KV if it is gone or in the pool."""
         moved, peer = None, self._peers.get(chunk.kv.ref)
         try:
             if peer is not None:
                 moved = ray.get(peer.take_kv.remote(chunk.request_id), timeout=self._fetch_timeout_s)
         except RayError as error:
             logging.warning("Instance %s does not give KV: %s", chunk.kv.ref, error)
-        if moved is None:
+        if moved is None and self._shared_pool is None:
             logging.warning("KV of %s is lost and will be computed again", chunk.request_id)
         self._inbox.put(partial(self._engine.submit, replace(chunk, kv=replace(chunk.kv, ref=moved))))
 

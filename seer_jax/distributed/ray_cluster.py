@@ -1,29 +1,29 @@
 """The cluster of instance actors, as the rollout loop sees it."""
 
 import logging
-import os
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 import jax
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
-from seer_jax.config.schema import RunConfig, num_mesh_devices
+from seer_jax.config.schema import RunConfig
 from seer_jax.core.chaos import Chaos
-from seer_jax.core.errors import ConfigError, InstanceLostError, SeerError
+from seer_jax.core.errors import InstanceLostError, ProtocolError, SeerError
 from seer_jax.core.events import Event, InstanceJoined, InstanceLost
 from seer_jax.core.types import InstanceInfo, RequestChunk
 from seer_jax.distributed.draft_sync import DraftServers
 from seer_jax.distributed.instance_actor import MAX_CONCURRENCY, InstanceActor
 from seer_jax.distributed.mailbox import Outbox
+from seer_jax.distributed.pool_owners import PoolOwners
+from seer_jax.distributed.resources import actor_resources, check_resources, find_platform, min_instances
+from seer_jax.kvpool import PoolStats
 
-JAX_PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
-"""Modules of which one must be installed for JAX to use the accelerator."""
 FLUSH_TIMEOUT_S = 30.0
 WEIGHTS_TIMEOUT_S = 600.0
 """Longest that an instance may take for new weights, unless `rollout.instance_timeout_s` is longer."""
@@ -67,7 +67,7 @@ class RayCluster:
     def __init__(
         self, config: RunConfig, model_config: Any, params: Mapping[str, Any], *, first_instance_id: int = 0
     ) -> None:
-        """Start Ray unless it runs, start the actors and wait until every engine is compiled.
+        """Start Ray unless it runs, start the actors and wait until `rollout.min_instances` engines are compiled.
 
         Args:
             config: The run; `rollout.instances` actors are started.
@@ -89,21 +89,27 @@ class RayCluster:
         self._polls: dict[Any, Instance] = {}
         self._starting: dict[Any, Instance] = {}
         self._draft_servers: DraftServers | None = None
+        self._pool_owners: PoolOwners | None = None
         with ExitStack() as on_failure:
             on_failure.callback(self.close)
             if self._owns_ray:
                 start_ray()
-            self._platform = _platform()
-            _check_resources(self._platform, config)
+            self._platform = find_platform()
+            check_resources(self._platform, config)
+            if config.kvpool.backend == "ray":
+                self._pool_owners = PoolOwners(config)
             self._weights = ray.put(params)
             self._actor_class = ray.remote(InstanceActor).options(
-                max_concurrency=MAX_CONCURRENCY, **_resources(self._platform, config)
+                max_concurrency=MAX_CONCURRENCY, **actor_resources(self._platform, config)
             )
             started = [self._start(place) for place in range(config.rollout.instances)]
-            for ref, info in zip(started, _get_infos(started), strict=True):
+            first, later = ray.wait(started, num_returns=min_instances(config))
+            for ref, info in zip(first, _get_infos(first), strict=True):
                 instance = self._starting.pop(ref)
                 instance.info = info
                 self._instances[instance.instance_id] = instance
+            for ref in later:
+                self._starting[ref].heard = math.inf  # Ray may have no place for it, for as long as it takes.
             if config.speculation.mode in ("grouped", "grouped_tree"):
                 speculation = config.speculation
                 self._draft_servers = DraftServers(speculation.draft_servers, speculation.memory_tokens)
@@ -128,6 +134,8 @@ class RayCluster:
                 ray.wait(flushed, num_returns=len(flushed), timeout=FLUSH_TIMEOUT_S)
             self._draft_servers.start_epoch(policy_version)
             self._introduce()  # An instance that gave a server up, or that of a new one, hears of it again.
+        if self._pool_owners is not None:
+            self._pool_owners.start_iteration()
         self._policy_version = policy_version
         if params is not None:
             self._weights = ray.put(params)
@@ -169,12 +177,17 @@ class RayCluster:
         for instance in self._instances.values():
             if instance not in polled:
                 self._poll(instance)
-        calls = [*self._starting, *self._polls]
+        watches = {} if self._pool_owners is None else self._pool_owners.watches
+        calls = [*self._starting, *self._polls, *watches]
         ray.wait(calls, num_returns=1, timeout=WATCH_INTERVAL_S)
         # All that is there, or one that answered long ago would pass for silent after a stall of this process.
         ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
         events: list[Event] = []
         for ref in ready:
+            if ref in watches:
+                self._pool_owners.replace(ref)
+                self._introduce()
+                continue
             events += self._open(ref) if ref in self._polls else self._go_on_starting(ref)
         now = time.monotonic()
         for instance in list(self._instances.values()):
@@ -190,6 +203,16 @@ class RayCluster:
         """See `Cluster`. The process is gone at once; `wait` finds out by itself."""
         ray.kill(self._instances[instance_id].actor)
 
+    def kill_pool_owner(self) -> None:
+        """See `Cluster`."""
+        if self._pool_owners is None:
+            raise ProtocolError(f"instances share no pool with kvpool.backend={self._config.kvpool.backend}")
+        self._pool_owners.kill()
+
+    def pool_stats(self) -> PoolStats:
+        """See `Cluster`."""
+        return PoolStats() if self._pool_owners is None else self._pool_owners.stats()
+
     def close(self) -> None:
         """Stop the actors, and Ray if this object started it."""
         for instance in (*self._instances.values(), *self._starting.values()):
@@ -199,6 +222,8 @@ class RayCluster:
         self._polls.clear()
         if self._draft_servers is not None:
             self._draft_servers.close()
+        if self._pool_owners is not None:
+            self._pool_owners.close()
         if self._owns_ray:
             ray.shutdown()
 
@@ -213,7 +238,7 @@ class RayCluster:
         return ref
 
     def _go_on_starting(self, ref: Any) -> list[Event]:
-        """Take a replacement's next step: built, then told the version of its weights, then joined."""
+        """Take a later instance's next step: built, then told the version of its weights, then joined."""
         instance = self._starting.pop(ref)
         try:
             result = ray.get(ref)
@@ -230,6 +255,8 @@ class RayCluster:
             self._starting[told] = instance
             return []
         self._instances[instance.instance_id] = instance
+        if self._pool_owners is not None:
+            self._pool_owners.refresh()
         self._introduce()
         return [InstanceJoined(info=instance.info, policy_version=self._policy_version)]
 
@@ -268,10 +295,12 @@ class RayCluster:
             self._start(instance.place)
 
     def _introduce(self) -> list[Any]:
-        """Tell the instances of each other and of the draft servers."""
+        """Tell the instances of each other, of the draft servers and of the owners of their KV pool."""
         servers = [] if self._draft_servers is None else self._draft_servers.actors
         actors = {instance_id: instance.actor for instance_id, instance in self._instances.items()}
-        return [actor.meet.remote(actors, servers) for actor in actors.values()]
+        pool = self._pool_owners
+        owners = ({}, None) if pool is None else (pool.actors, pool.directory)
+        return [actor.meet.remote(actors, servers, *owners) for actor in actors.values()]
 
     def _poll(self, instance: Instance) -> None:
         number, batches = instance.outbox.next_poll()
@@ -300,42 +329,3 @@ def _get_infos(started: Sequence[Any]) -> list[InstanceInfo]:
         if isinstance(error.cause, SeerError):
             raise error.cause from error
         raise
-
-
-def _platform() -> str:
-    """What the actors run on: an accelerator that Ray's nodes report and the JAX installed here can use, else the CPU.
-
-    `JAX_PLATFORMS=cpu` forces the CPU.
-    """
-    if os.environ.get("JAX_PLATFORMS") != "cpu":
-        for platform, plugins in JAX_PLUGINS.items():
-            if ray.cluster_resources().get(platform.upper(), 0) >= 1 and any(map(find_spec, plugins)):
-                return platform
-    return "cpu"
-
-
-def _check_resources(platform: str, config: RunConfig) -> None:
-    """Refuse instances that the nodes could not hold even when idle, each on one node: Ray would wait for ever."""
-    if platform == "cpu":
-        return
-    size, name = num_mesh_devices(config.sharding), platform.upper()
-    per_node = [int(node["Resources"].get(name, 0)) for node in ray.nodes() if node["Alive"]]
-    num_fitting = sum(available // size for available in per_node)
-    if config.rollout.instances > num_fitting:
-        raise ConfigError(
-            "rollout.instances" if num_fitting else "sharding",
-            f"{config.rollout.instances} instances of {size} {name}s, each on one node, do not fit nodes of {per_node}",
-            "lower rollout.instances or an axis of sharding",
-        )
-
-
-def _resources(platform: str, config: RunConfig) -> dict[str, Any]:
-    """What an actor reserves: its mesh's accelerators, or its share of the cores."""
-    num_devices = num_mesh_devices(config.sharding)
-    match platform:
-        case "gpu":
-            return {"num_gpus": num_devices}
-        case "tpu":
-            return {"resources": {"TPU": num_devices}}
-        case _:
-            return {"num_cpus": min(1.0, ray.cluster_resources().get("CPU", 1.0) / config.rollout.instances)}

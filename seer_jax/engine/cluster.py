@@ -8,9 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 from seer_jax.config.schema import ChaosConfig, SpeculationConfig
 from seer_jax.core.chaos import delay_s
 from seer_jax.core.draft.server import DraftServer
+from seer_jax.core.errors import ProtocolError
 from seer_jax.core.events import Event, InstanceJoined, InstanceLost, InstanceReport
 from seer_jax.core.types import InstanceInfo, RequestChunk
 from seer_jax.engine.engine import NO_CHAOS, NO_SPECULATION, Engine
+from seer_jax.kvpool import PoolStats
 
 
 @runtime_checkable
@@ -41,6 +43,18 @@ class Cluster(Protocol):
 
     def kill(self, instance_id: int) -> None:
         """Let an instance die at once with all that it has, as a fault would; for tests and `--chaos`."""
+        ...
+
+    def kill_pool_owner(self) -> None:
+        """Let an owner of the KV pool that instances share die with all that it has; for tests and `--chaos`.
+
+        Raises:
+            ProtocolError: If they share none.
+        """
+        ...
+
+    def pool_stats(self) -> PoolStats:
+        """Figures of the iteration for the KV pool that instances share, all owners together; zeros without one."""
         ...
 
     def close(self) -> None:
@@ -139,6 +153,14 @@ class LocalCluster:
         self._engines[self._next_id], self._places[self._next_id] = engine, place
         self._pending.append(InstanceJoined(info=engine.info, policy_version=dead.policy_version))
         self._next_id += 1
+
+    def kill_pool_owner(self) -> None:
+        """See `Cluster`."""
+        raise ProtocolError("every instance in this process has a KV pool of its own")
+
+    def pool_stats(self) -> PoolStats:
+        """See `Cluster`."""
+        return PoolStats()
 
     def _exchange_drafts(self, server: DraftServer) -> None:
         for client in (engine.speculator.client for engine in self._engines.values()):

@@ -24,7 +24,7 @@ from seer_jax.engine.kv_transfer import HostKV, KVTransfer
 from seer_jax.engine.paused_kv import PausedKV
 from seer_jax.engine.step import make_step
 from seer_jax.engine.step_times import StepPrograms, get_step_times
-from seer_jax.kvpool import EmbeddedKVPool, KVPool, fingerprint
+from seer_jax.kvpool import EmbeddedKVPool, KVPool
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import decoder_specs
 from seer_jax.sharding import WHOLE_EXPERTS, shardings_for
@@ -54,6 +54,7 @@ class Engine:
         policy_version: int = 0,
         mesh: Mesh | None = None,
         kv_pool: KVPool | None = None,
+        always_moves_kv: bool = True,
         chaos: ChaosConfig = NO_CHAOS,
     ) -> None:
         """Place the weights and allocate the caches.
@@ -66,8 +67,8 @@ class Engine:
             instance_id: Name of this instance in events.
             policy_version: Version of `params`.
             mesh: Devices of this instance; None = the default device.
-            kv_pool: Where the KV of paused requests goes whose pages are needed; None = memory of this process. Closed
-                by `close`.
+            kv_pool: Where the KV of paused requests goes; None = memory of this process. Closed by `close`.
+            always_moves_kv: Bring KV back from there even where computing it again is measured to be faster.
             chaos: Faults.
 
         Raises:
@@ -107,11 +108,10 @@ class Engine:
         self._caches = [
             jnp.zeros(cache_shape, dtype, device=cache_sharding) for _ in range(model_config.num_hidden_layers)
         ]
-        layout = fingerprint(
-            model=repr(model_config), dtype=dtype.name, layers=len(self._caches), page=config.page_size, row=row_width
+        pool = EmbeddedKVPool(DEFAULT_POOL_BYTES) if kv_pool is None else kv_pool
+        self._paused_kv = PausedKV(
+            self._planner, self._transfer, pool, self._caches, repr(model_config), chaos, always_moves=always_moves_kv
         )
-        pool = kv_pool or EmbeddedKVPool(DEFAULT_POOL_BYTES)
-        self._paused_kv = PausedKV(self._planner, self._transfer, pool, layout, chaos)
         self._next_expiry = 0.0
         self._reset_measurements()
 
@@ -127,8 +127,7 @@ class Engine:
                 f"the instance has {self.policy_version}"
             )
         self._planner.add(chunk)
-        if chunk.kv is not None:
-            self._paused_kv.prefetch(chunk.request_id)
+        self._paused_kv.arrive(chunk)
 
     def begin_take_kv(self, request_id: RequestId) -> Callable[[], HostKV | None]:
         """Give up the KV of a request that paused here and goes on at another instance; see `PausedKV.begin_take`."""
@@ -174,8 +173,10 @@ class Engine:
         else:
             num_steps = self._num_steps
             emitted = self._decode(plan)
-            if self.speculator is not None and not plan.prefills:
-                seconds = time.perf_counter() - decoding
+            seconds = time.perf_counter() - decoding
+            if plan.prefills:
+                self._paused_kv.costs.prefill.note(sum(piece.count for piece in plan.prefills), seconds)
+            elif self.speculator is not None:
                 self.speculator.note_plain_steps(plan.decodes, self._num_steps - num_steps, seconds)
         finished = [self._finish(sequence) for sequence in self._planner.commit(plan, emitted)]
         self._num_dispatches += 1
@@ -224,7 +225,7 @@ class Engine:
 
     def status(self) -> InstanceStatus:
         """Telemetry since `start_iteration`."""
-        busy_s, pool = self._device_time_s + self._host_time_s, self._paused_kv.stats()
+        busy_s = self._device_time_s + self._host_time_s
         return self._planner.status(
             step_time_s=busy_s / max(1, self._num_steps),
             num_steps=self._num_steps,
@@ -236,11 +237,8 @@ class Engine:
             num_drafted_tokens=self._num_drafted_tokens,
             num_accepted_tokens=self._num_accepted_tokens,
             num_verified=self._num_verified,
-            num_corrupt_blocks=pool.num_corrupt,
-            num_lost_blocks=pool.num_evicted + pool.num_refused + pool.num_timeouts,
-            num_spilled_bytes=pool.spilled_bytes,
-            kv_wait_s=self._paused_kv.wait_s,
             policy_version=self.policy_version,
+            **self._paused_kv.figures(),
         )
 
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None = None) -> None:
@@ -255,7 +253,7 @@ class Engine:
             self.params = self._place(params)
         self.policy_version = policy_version
         self._planner.start_iteration()
-        self._paused_kv.clear()
+        self._paused_kv.clear(policy_version)
         if self.speculator is not None:
             self.speculator.client.clear(policy_version)
         self._reset_measurements()
@@ -323,7 +321,6 @@ class Engine:
     def _finish(self, sequence: Sequence) -> ChunkFinished:
         chunk, reason = sequence.chunk, sequence.finish_reason
         handle = None
-        self._paused_kv.drop(chunk.request_id)
         if self.speculator is not None:
             self.speculator.client.observe(sequence)
         if reason == "chunk":
@@ -331,8 +328,10 @@ class Engine:
                 num_tokens=sequence.num_computed, policy_version=self.policy_version, ref=self.info.instance_id
             )
             self._planner.park(sequence)
+            self._paused_kv.keep(chunk.request_id, self._caches, self.policy_version)
         else:
             self._planner.release(sequence)
+            self._paused_kv.drop(chunk.request_id)
         return ChunkFinished(
             instance_id=self.info.instance_id,
             request_id=chunk.request_id,

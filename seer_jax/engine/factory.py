@@ -7,10 +7,10 @@ from typing import Any
 import jax
 
 from seer_jax.config.schema import RunConfig, num_mesh_devices
-from seer_jax.core.errors import ConfigError
 from seer_jax.engine.cluster import LocalCluster
 from seer_jax.engine.engine import Engine
-from seer_jax.kvpool import EmbeddedKVPool
+from seer_jax.kvpool import KVPool
+from seer_jax.kvpool.factory import open_pool
 from seer_jax.models.config import DecoderConfig
 from seer_jax.sharding import make_mesh
 
@@ -23,6 +23,7 @@ def build_engine(
     instance_id: int,
     place: int = 0,
     first_device: int = 0,
+    kv_pool: KVPool | None = None,
 ) -> Engine:
     """Build an engine on this process's devices and compile its programs.
 
@@ -33,6 +34,7 @@ def build_engine(
         instance_id: Name in events.
         place: Which of the run's instances it is, or replaces; names its directory in the KV pool's.
         first_device: Index of the mesh's first device in this process.
+        kv_pool: Its view of a pool that instances share; None = what `kvpool.backend` names.
 
     Raises:
         ConfigError: If the mesh does not fit the devices or the model.
@@ -45,30 +47,12 @@ def build_engine(
         speculation=config.speculation,
         instance_id=instance_id,
         mesh=make_mesh(config.sharding, jax.devices()[first_device:]),
-        kv_pool=_open_pool(config, place),
+        kv_pool=open_pool(config, f"instance-{place}") if kv_pool is None else kv_pool,
+        always_moves_kv=config.kvpool.move == "always",
         chaos=config.chaos,
     )
     engine.warmup(num_peers=config.rollout.instances, truncates=needs_truncation(config))
     return engine
-
-
-def _open_pool(config: RunConfig, place: int) -> EmbeddedKVPool:
-    settings = config.kvpool
-    if not settings.disk_mib:
-        return EmbeddedKVPool(settings.dram_mib << 20)
-    directory = Path(settings.directory).expanduser() / f"instance-{place}"
-    try:
-        # What another run left there is of other weights, whatever it says of its epoch.
-        pool = EmbeddedKVPool(
-            settings.dram_mib << 20, directory=directory, max_disk_bytes=settings.disk_mib << 20, keeps_files=False
-        )
-    except OSError as error:
-        raise ConfigError("kvpool.directory", f"cannot use {str(directory)!r}: {error.strerror}") from error
-    except ConfigError as error:
-        raise ConfigError(f"kvpool.{error.path}", error.message, error.hint) from error
-    if config.chaos.fill_disk:
-        pool.fill_disk()
-    return pool
 
 
 def needs_truncation(config: RunConfig) -> bool:

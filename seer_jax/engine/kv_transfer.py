@@ -21,11 +21,13 @@ class HostKV:
             that those of a request are one piece of memory whatever they are padded to.
         num_tokens: Tokens covered, from position 0.
         policy_version: Weights that produced it.
+        num_saved_blocks: How many of its first blocks a shared pool has too.
     """
 
     pages: np.ndarray
     num_tokens: int
     policy_version: int
+    num_saved_blocks: int = 0
 
 
 class KVTransfer:

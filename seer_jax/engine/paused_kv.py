@@ -1,6 +1,9 @@
 """KV of paused requests that leaves its pages: to the pool, to other instances, and back.
 
-Copies run on the device's own queue and on threads beside the engine's, which waits only for what it needs now.
+A pool that is this engine's own gets KV only when others need the pages, and gives it up when the request has it back.
+One that instances share gets what is new at the end of each chunk and keeps it until the request ends, so that another
+instance can go on when this one dies. Copies run on the device's own queue and on threads beside the engine's, which
+waits only for what it needs now.
 """
 
 import time
@@ -13,27 +16,37 @@ import jax
 import numpy as np
 
 from seer_jax.config.schema import ChaosConfig
-from seer_jax.core.batching import BatchPlanner
+from seer_jax.core.batching import BatchPlanner, ParkedKV
 from seer_jax.core.errors import TransferError
+from seer_jax.core.move_cost import MoveCosts
 from seer_jax.core.sequence import Sequence
-from seer_jax.core.types import RequestId
+from seer_jax.core.types import RequestChunk, RequestId, TokenIds
 from seer_jax.engine.kv_transfer import HostKV, KVTransfer
-from seer_jax.kvpool import BlockKey, KVPool, PoolStats, Status, block_key, chain_keys
+from seer_jax.kvpool import BlockKey, KVPool, PoolStats, Status, block_key, chain_keys, fingerprint
 
-BLOCK_BYTES = 16 << 20
-"""Size of the pool's blocks at most, unless a single page is larger: large enough to cost no time but the copy's."""
+BLOCK_TOKENS = 32
+"""Tokens of a block, or one page if that is more. Half of it is sent again per chunk, the last block being partial; the
+pool's 50 to 100 us a block are then less than a tenth of the copy for Moonlight (1 MB) and Kimi-K2 (2.2 MB)."""
 MAX_SAVES = 4
-"""Exports on their way to the pool at most, since each of them holds memory of its own; one more waits."""
+"""Exports on their way to the pool at most, since each of them holds memory of its own."""
 
 
 @dataclass(eq=False)
 class Saved:
-    """One request's KV in the pool, or on its way there or back."""
+    """One request's KV in the pool, or on its way there or back.
+
+    Attributes:
+        keys: All blocks in order of position; the last may be a partial one.
+        num_tokens: Tokens that they cover.
+        policy_version: Weights that computed them.
+        put: How many of the first blocks the pool has.
+        fetch: What came back.
+    """
 
     keys: list[BlockKey]
     num_tokens: int
     policy_version: int
-    put: Future[tuple[tuple[int, ...], np.dtype]]
+    put: Future[int]
     fetch: Future[HostKV | None] | None = None
 
 
@@ -43,71 +56,116 @@ class PausedKV:
     What is lost or damaged on the way costs a re-prefill, never a wrong token.
 
     Attributes:
+        costs: Decides whether KV comes from the pool or is computed again.
         wait_s: Time that the engine waited for KV, since `clear`.
+        num_saved_bytes: KV sent to the pool, since `clear`.
     """
 
     def __init__(
-        self, planner: BatchPlanner, transfer: KVTransfer, pool: KVPool, layout: bytes, chaos: ChaosConfig
+        self,
+        planner: BatchPlanner,
+        transfer: KVTransfer,
+        pool: KVPool,
+        caches: list[jax.Array],
+        model: str,
+        chaos: ChaosConfig,
+        *,
+        always_moves: bool,
     ) -> None:
         """Start with nothing saved.
 
         Args:
             planner: The engine's.
             transfer: The engine's.
-            pool: Becomes this object's own.
-            layout: Fingerprint of model, type and cache shape.
+            pool: Closed by `close`.
+            caches: The engine's, for their shape and type.
+            model: Names the model's shapes.
             chaos: Faults.
+            always_moves: See `MoveCosts`.
         """
-        self.wait_s = 0.0
-        self._planner, self._transfer, self._pool, self._layout = planner, transfer, pool, layout
+        self.wait_s, self.num_saved_bytes = 0.0, 0
+        self.costs = MoveCosts(planner.max_prefill_tokens, always_moves=always_moves)
+        self._planner, self._transfer, self._pool = planner, transfer, pool
+        page_size, row_width = caches[0].shape[1:]
+        self._page_shape, self._dtype = (len(caches), page_size, row_width), np.dtype(caches[0].dtype)
+        self._layout = fingerprint(
+            model=model, dtype=self._dtype.name, layers=len(caches), page=page_size, row=row_width
+        )
+        self._page_bytes = int(np.prod(self._page_shape)) * self._dtype.itemsize
+        self._pages_per_block = max(1, BLOCK_TOKENS // page_size)
         # Apart, since a put may wait for the pool's disk, and the engine for what is fetched.
         self._putting, self._fetching = (ThreadPoolExecutor(1, f"kv-{name}") for name in ("put", "fetch"))
         self._saved: dict[RequestId, Saved] = {}
-        self._chaos, self._num_to_corrupt = chaos, chaos.corrupt_block
-        self._before = pool.stats()
+        self._chaos = chaos
+        self._begin_to_count()
 
     def save_evicted(self, caches: list[jax.Array], policy_version: int) -> None:
         """Send KV whose pages were given away to the pool; call it before they are written again."""
         for request_id, parked in self._planner.evicted:
-            unfinished = [saved.put for saved in self._saved.values() if not saved.put.done()]
+            unfinished = self._unfinished_puts()
             if len(unfinished) >= MAX_SAVES:
                 self._wait(unfinished[0])
-            self.drop(request_id)
-            export = self._transfer.export_pages(caches, parked.pages)
-            # Its own block, even where a sibling has said the same: it is dropped when this request has it back.
-            owner = f"{request_id.group_id}/{request_id.index}".encode()
-            names = {"epoch": policy_version, "layout": self._layout + owner}
-            block_tokens = _pages_per_block(export) * self._planner.pool.page_size
-            keys = chain_keys(parked.token_ids, block_tokens, **names)
-            rest = parked.token_ids[len(keys) * block_tokens :]
-            if len(rest):
-                keys.append(block_key(keys[-1] if keys else None, rest, **names))
-            put = self._putting.submit(self._put, keys, export, len(parked.pages))
-            self._saved[request_id] = Saved(keys, len(parked.token_ids), policy_version, put)
+            self._save(request_id, parked, caches, policy_version)
         self._planner.evicted.clear()
 
-    def prefetch(self, request_id: RequestId) -> None:
-        """Start to bring a request's KV back from the pool, while its next chunk waits for a slot."""
-        saved = self._saved.get(request_id)
-        if saved is not None and saved.fetch is None:
-            saved.fetch = self._fetching.submit(self._fetch, saved)
+    def keep(self, request_id: RequestId, caches: list[jax.Array], policy_version: int) -> None:
+        """Send what is new in the KV of a request that was just parked to a shared pool, unless that is busy.
+
+        What is left out is sent with the next chunk's, or when the pages are given away.
+        """
+        if not self._pool.is_shared:
+            self.drop(request_id)
+        elif len(self._unfinished_puts()) < MAX_SAVES:
+            self._save(request_id, self._planner.parked[request_id], caches, policy_version)
+
+    def arrive(self, chunk: RequestChunk) -> None:
+        """Begin to bring the KV of a chunk back from the pool, while it waits for a slot."""
+        handle, request_id = chunk.kv, chunk.request_id
+        if handle is None or request_id in self._planner.parked:
+            return
+        if self._pool.is_shared:
+            known = self._saved.get(request_id)
+            if known is None or known.num_tokens < handle.num_tokens:
+                keys = self._keys(request_id, chunk.token_ids[: handle.num_tokens], handle.policy_version)
+                num_held = handle.ref.num_saved_blocks if isinstance(handle.ref, HostKV) else len(keys)
+                self._saved[request_id] = Saved(keys, handle.num_tokens, handle.policy_version, _done(num_held))
+        if not isinstance(handle.ref, HostKV):
+            self._begin_fetch(request_id)
 
     def begin_take(
         self, request_id: RequestId, caches: list[jax.Array], policy_version: int
     ) -> Callable[[], HostKV | None]:
-        """Give a request's KV up, from its pages or from the pool.
+        """Give a request's KV up, from its pages or from a pool that only this engine has.
 
         Returns:
-            What to call for it, from any thread; it waits for copies under way and gives None if the KV is gone.
+            What to call for it, from any thread; it waits for copies under way and gives None if the KV is gone, or in
+            a shared pool.
         """
-        parked = self._planner.unpark(request_id)
-        if parked is None:
-            fetch = self._take_saved(request_id)
+        parked, saved = self._planner.unpark(request_id), self._saved.get(request_id)
+        if parked is None and not self._pool.is_shared:
+            fetch = self._take_fetch(request_id)
             return (lambda: None) if fetch is None else fetch.result
-        export, num_pages = self._transfer.export_pages(caches, parked.pages), len(parked.pages)
-        return lambda: HostKV(
-            pages=np.asarray(export)[:num_pages], num_tokens=len(parked.token_ids), policy_version=policy_version
-        )
+        self._saved.pop(request_id, None)
+        export = None if parked is None else self._transfer.export_pages(caches, parked.pages)
+        num_full = len(saved.keys) if saved is not None else 0
+        if saved is not None and parked is not None and saved.num_tokens < len(parked.token_ids):
+            # The pool was busy at the end of the last chunk. A partial block of the one before is of no more use.
+            partial = [key for key in saved.keys if key.num_tokens < self._pages_per_block * self._page_shape[1]]
+            num_full -= len(partial)
+            self._putting.submit(self._pool.drop, partial)
+
+        def wait() -> HostKV | None:
+            num_saved = 0 if saved is None else min(num_full, saved.put.result())
+            if parked is None:
+                return None
+            return HostKV(
+                pages=np.asarray(export)[: len(parked.pages)],
+                num_tokens=len(parked.token_ids),
+                policy_version=policy_version,
+                num_saved_blocks=num_saved,
+            )
+
+        return wait
 
     def bring(self, sequence: Sequence, caches: list[jax.Array], policy_version: int) -> list[jax.Array]:
         """Bring in the KV of a resumed chunk that was just admitted, unless it is in its pages already.
@@ -118,9 +176,11 @@ class PausedKV:
         handle, num_present = sequence.chunk.kv, sequence.num_computed
         if handle is None or num_present >= min(handle.num_tokens, sequence.num_tokens - 1):
             return caches
-        saved = self._take_saved(sequence.chunk.request_id)
-        kv = handle.ref if isinstance(handle.ref, HostKV) or saved is None else self._wait(saved)
-        if not isinstance(kv, HostKV) or kv.policy_version != policy_version:
+        kv = handle.ref
+        if not isinstance(kv, HostKV):
+            fetch = self._take_fetch(sequence.chunk.request_id)
+            kv = None if fetch is None else self._wait(fetch)
+        if kv is None or kv.policy_version != policy_version or kv.num_tokens <= num_present:
             return caches
         try:
             # Siblings read the pages of the prompt that are there already.
@@ -140,29 +200,129 @@ class PausedKV:
         if saved is not None:
             self._putting.submit(self._pool.drop, saved.keys)
 
-    def clear(self) -> None:
-        """Forget all KV in the pool and begin to count anew."""
+    def clear(self, policy_version: int) -> None:
+        """Forget all KV, since every request has ended, and begin to count anew."""
         for request_id in list(self._saved):
             self.drop(request_id)
+        self._putting.submit(self._pool.drop_epochs_before, policy_version)
         for thread in (self._putting, self._fetching):
             thread.submit(int).result()  # Whatever was on its way has arrived.
-        self.wait_s, self._before = 0.0, self._pool.stats()
-        self._num_to_corrupt = self._chaos.corrupt_block
+        self._begin_to_count()
 
-    def stats(self) -> PoolStats:
-        """The pool's, with the counters from `clear` on."""
-        return self._pool.stats().since(self._before)
+    def figures(self) -> dict[str, int | float]:
+        """Fields of `InstanceStatus`, counted from `clear` on; of a shared pool only what this instance saw."""
+        pool = PoolStats(num_corrupt=self._num_corrupt, num_refused=self._num_refused)
+        if self._before is not None:
+            pool = self._pool.stats().since(self._before)
+        return {
+            "num_corrupt_blocks": pool.num_corrupt,
+            "num_lost_blocks": pool.num_evicted + pool.num_refused + pool.num_timeouts,
+            "num_spilled_bytes": pool.spilled_bytes,
+            "pool_peak_bytes": pool.peak_dram_bytes,
+            "num_saved_bytes": self.num_saved_bytes,
+            "num_declined_moves": self.costs.num_declined,
+            "kv_wait_s": self.wait_s,
+        }
 
     def close(self) -> None:
         """Stop the threads and close the pool."""
-        self._putting.shutdown()
         self._fetching.shutdown()
+        self._putting.shutdown()
         self._pool.close()
 
-    def _take_saved(self, request_id: RequestId) -> Future[HostKV | None] | None:
-        self.prefetch(request_id)
-        saved = self._saved.pop(request_id, None)
-        return None if saved is None else saved.fetch
+    def _begin_to_count(self) -> None:
+        self.wait_s, self.num_saved_bytes, self.costs.num_declined = 0.0, 0, 0
+        self._num_corrupt = self._num_refused = 0
+        self._num_to_corrupt = self._chaos.corrupt_block
+        self._before = None if self._pool.is_shared else self._pool.stats()
+
+    def _unfinished_puts(self) -> list[Future[int]]:
+        return [saved.put for saved in self._saved.values() if not saved.put.done()]
+
+    def _save(self, request_id: RequestId, parked: ParkedKV, caches: list[jax.Array], policy_version: int) -> None:
+        """Send the blocks that the pool does not have yet, and let it drop the partial one that another replaces."""
+        keys = self._keys(request_id, parked.token_ids, policy_version)
+        old, first = self._saved.get(request_id), 0
+        if old is not None:
+            num_held = old.put.result() if old.put.done() else len(old.keys)
+            first = next((i for i, key in enumerate(keys) if i >= num_held or key != old.keys[i]), len(keys))
+        if first == len(keys):
+            return
+        replaced = [] if old is None else [key for key in old.keys if key not in keys]
+        pages = parked.pages[first * self._pages_per_block :]
+        export = self._transfer.export_pages(caches, pages)
+        # What the scheduler runs first is kept longest; then no block is kept longer than those it is useless without.
+        priority = -parked.priority - first * BLOCK_TOKENS / self._planner.info.max_model_len
+        put = self._putting.submit(self._put, keys, first, export, len(pages), priority)
+        if replaced:
+            self._putting.submit(self._pool.drop, replaced)
+        self._saved[request_id] = Saved(keys, len(parked.token_ids), policy_version, put)
+
+    def _put(self, keys: list[BlockKey], first: int, export: jax.Array, num_pages: int, priority: float) -> int:
+        """Put the blocks from the first exported one on; returns how many of the first the pool has then."""
+        pages = np.asarray(export)[:num_pages]
+        # A pool that evicts, or whose owner died, has less than it was given; the next save sends it again.
+        held = self._pool.contains(keys[:first]) if first else []
+        # From the back, so that the first blocks count as used last.
+        statuses = self._pool.put_blocks(keys[first:][::-1], self._cut(pages)[::-1], priority=priority)[::-1]
+        held += [status is Status.STORED for status in statuses]
+        self.num_saved_bytes += pages.nbytes
+        self._num_refused += len(statuses) - statuses.count(Status.STORED)
+        if self._num_to_corrupt and self._pool.flip_bit(keys[first]):
+            self._num_to_corrupt -= 1
+        return held.index(False) if False in held else len(keys)
+
+    def _begin_fetch(self, request_id: RequestId) -> Future[HostKV | None] | None:
+        """Start to get a request's KV out of the pool if that is worth it; None if nothing is there."""
+        saved = self._saved.get(request_id)
+        if saved is None:
+            return None
+        if saved.fetch is None:
+            num_bytes = self._planner.pool.pages_for(saved.num_tokens) * self._page_bytes
+            pays = self.costs.moving_pays(saved.num_tokens, num_bytes)
+            saved.fetch = self._fetching.submit(self._fetch, saved) if pays else _done(None)
+        return saved.fetch
+
+    def _take_fetch(self, request_id: RequestId) -> Future[HostKV | None] | None:
+        """`_begin_fetch`, for one who takes what comes; a pool of one's own drops it."""
+        fetch = self._begin_fetch(request_id)
+        if fetch is not None:
+            self._saved[request_id].fetch = None
+            if not self._pool.is_shared:
+                keys = self._saved.pop(request_id).keys
+                fetch.add_done_callback(lambda _: self._putting.submit(self._pool.drop, keys))
+        return fetch
+
+    def _fetch(self, saved: Saved) -> HostKV | None:
+        """Get blocks up to the first one that is gone."""
+        saved.put.result()
+        pages = np.empty((self._planner.pool.pages_for(saved.num_tokens), *self._page_shape), self._dtype)
+        started = time.perf_counter()
+        statuses = self._pool.get_blocks(saved.keys, self._cut(pages))
+        self._num_corrupt += statuses.count(Status.CORRUPT)
+        num_hits = next((i for i, status in enumerate(statuses) if status is not Status.HIT), len(statuses))
+        if num_hits == len(statuses):
+            self.costs.move.note(pages.nbytes, time.perf_counter() - started)
+        else:
+            saved.put = _done(num_hits)
+        if not num_hits:
+            return None
+        num_tokens = min(saved.num_tokens, num_hits * self._pages_per_block * self._page_shape[1])
+        pages = pages[: self._planner.pool.pages_for(num_tokens)]
+        return HostKV(pages=pages, num_tokens=num_tokens, policy_version=saved.policy_version)
+
+    def _keys(self, request_id: RequestId, token_ids: TokenIds, policy_version: int) -> list[BlockKey]:
+        """Name a request's blocks. They are its own, even where a sibling has said the same: it drops them."""
+        owner = f"{request_id.group_id}/{request_id.index}".encode()
+        names = {"epoch": policy_version, "layout": self._layout + owner}
+        block_tokens = self._pages_per_block * self._page_shape[1]
+        keys = chain_keys(token_ids, block_tokens, **names)
+        rest = token_ids[len(keys) * block_tokens :]
+        return [*keys, block_key(keys[-1] if keys else None, rest, **names)] if len(rest) else keys
+
+    def _cut(self, pages: np.ndarray) -> list[np.ndarray]:
+        """Views of the pages of each block."""
+        return [pages[i : i + self._pages_per_block] for i in range(0, len(pages), self._pages_per_block)]
 
     def _wait(self, future: Future) -> Any:
         started = time.perf_counter()
@@ -170,28 +330,9 @@ class PausedKV:
         self.wait_s += time.perf_counter() - started
         return value
 
-    def _put(self, keys: list[BlockKey], export: jax.Array, num_pages: int) -> tuple[tuple[int, ...], np.dtype]:
-        pages = np.asarray(export)[:num_pages]
-        self._pool.put_blocks(keys, _cut(pages))
-        if self._num_to_corrupt and self._pool.flip_bit(keys[0]):
-            self._num_to_corrupt -= 1
-        return pages.shape, pages.dtype
 
-    def _fetch(self, saved: Saved) -> HostKV | None:
-        shape, dtype = saved.put.result()
-        pages = np.empty(shape, dtype)
-        statuses = self._pool.get_blocks(saved.keys, _cut(pages))
-        self._pool.drop(saved.keys)
-        if any(status is not Status.HIT for status in statuses):
-            return None
-        return HostKV(pages=pages, num_tokens=saved.num_tokens, policy_version=saved.policy_version)
-
-
-def _pages_per_block(pages: jax.Array | np.ndarray) -> int:
-    return max(1, BLOCK_BYTES * len(pages) // pages.nbytes)
-
-
-def _cut(pages: np.ndarray) -> list[np.ndarray]:
-    """Views of the pages of each block."""
-    each = _pages_per_block(pages)
-    return [pages[start : start + each] for start in range(0, len(pages), each)]
+def _done(value: Any) -> Future:
+    """A future that has come."""
+    future: Future = Future()
+    future.set_result(value)
+    return future

@@ -16,6 +16,7 @@ from seer_jax.core.events import Event, GroupsSubmitted, InstanceJoined, Instanc
 from seer_jax.core.types import InstanceStatus, RequestChunk, RolloutGroup, Sample, output_sha256, tail_time_s
 from seer_jax.engine.cluster import Cluster
 from seer_jax.engine.engine import NO_CHAOS
+from seer_jax.kvpool import PoolStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,10 @@ class RolloutStats:
         blocks_lost: KV blocks that the pool had no room for, or gave up for others.
         spilled_bytes: KV that the pool wrote to disk.
         kv_wait_s: Time engines waited for KV from the pool, all instances together.
+        saved_bytes: KV sent to pools.
+        moves_declined: Times that KV in a pool was computed again because that was measured to be faster.
+        pool_peak_bytes: Most memory in use by pools, summed over them, since they were opened.
+        pool_owners_lost: Owners of shared pools that died, with what they held.
         instances_lost: Instances that died, hung or were killed.
         chunks_resumed: Chunks that were under way there, and run again elsewhere from the last returned token.
     """
@@ -64,6 +69,10 @@ class RolloutStats:
     blocks_lost: int
     spilled_bytes: int
     kv_wait_s: float
+    saved_bytes: int
+    moves_declined: int
+    pool_peak_bytes: int
+    pool_owners_lost: int
     instances_lost: int
     chunks_resumed: int
     output_sha256: str
@@ -169,6 +178,8 @@ class RolloutRunner:
                 self._cluster.send(starts)
             for instance_id in self._chaos.victims(len(samples), self._driver.loads):
                 self._cluster.kill(instance_id)
+            if self._chaos.kills_pool_owner(len(samples)):
+                self._cluster.kill_pool_owner()
             commands = []
             for event in self._cluster.wait():
                 if isinstance(event, InstanceReport):
@@ -180,6 +191,7 @@ class RolloutRunner:
             finish_times,
             statuses.values(),
             time.perf_counter() - started,
+            self._cluster.pool_stats(),
             known_tokens=known_tokens,
             instances_lost=self._num_lost,
             chunks_resumed=self._num_resumed,
@@ -218,12 +230,16 @@ def summarize(
     finish_times: Sequence[float],
     statuses: Iterable[InstanceStatus],
     rollout_time_s: float,
+    pool: PoolStats,
     *,
     known_tokens: int = 0,
     instances_lost: int = 0,
     chunks_resumed: int = 0,
 ) -> RolloutStats:
-    """Figures of a finished rollout; of a resumed one, speed and tail are of what was left to do."""
+    """Figures of a finished rollout; of a resumed one, speed and tail are of what was left to do.
+
+    What instances saw of a shared pool is in `statuses`, what happened inside it in `pool`.
+    """
     statuses = list(statuses)
     generated = sum(len(sample.token_ids) for sample in samples)
     busy_s = sum(s.host_time_s + s.device_time_s for s in statuses)
@@ -249,9 +265,13 @@ def summarize(
         draft_time_s=sum((s.draft_time_s for s in statuses), 0.0),
         verify_time_s=sum((s.verify_time_s for s in statuses), 0.0),
         blocks_corrupt=sum(s.num_corrupt_blocks for s in statuses),
-        blocks_lost=sum(s.num_lost_blocks for s in statuses),
-        spilled_bytes=sum(s.num_spilled_bytes for s in statuses),
+        blocks_lost=pool.num_evicted + sum(s.num_lost_blocks for s in statuses),
+        spilled_bytes=pool.spilled_bytes + sum(s.num_spilled_bytes for s in statuses),
         kv_wait_s=sum((s.kv_wait_s for s in statuses), 0.0),
+        saved_bytes=sum(s.num_saved_bytes for s in statuses),
+        moves_declined=sum(s.num_declined_moves for s in statuses),
+        pool_peak_bytes=pool.peak_dram_bytes + sum(s.pool_peak_bytes for s in statuses),
+        pool_owners_lost=pool.num_owners_lost,
         instances_lost=instances_lost,
         chunks_resumed=chunks_resumed,
         output_sha256=output_sha256(list(samples)),

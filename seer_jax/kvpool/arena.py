@@ -38,7 +38,7 @@ class Arena:
     def __init__(self, size_bytes: int) -> None:
         """Reserve address space; the system gives memory when it is first written."""
         self.size_bytes = size_bytes // ALIGN_BYTES * ALIGN_BYTES
-        self.free_bytes = self.size_bytes
+        self.free_bytes = self.least_free_bytes = self.size_bytes
         self._buffer = np.empty(self.size_bytes, np.uint8)
         self._free: list[tuple[int, int]] = [(0, self.size_bytes)] if self.size_bytes else []
 
@@ -61,6 +61,7 @@ class Arena:
             needed -= part
         slot = Slot(taken, payload_bytes)
         self.free_bytes -= slot.size_bytes
+        self.least_free_bytes = min(self.least_free_bytes, self.free_bytes)
         return slot
 
     def free(self, slot: Slot) -> None:

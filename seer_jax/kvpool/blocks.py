@@ -1,8 +1,9 @@
 """What stands before a block's bytes, on disk and on the wire: enough to know the block and to distrust it."""
 
 import functools
+import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,6 +110,30 @@ def bytes_of(array: np.ndarray) -> np.ndarray:
     if array.ndim > MAX_DIMS or not array.flags.c_contiguous:
         raise ValueError(f"KV blocks are C-contiguous with at most {MAX_DIMS} dimensions")
     return array.reshape(-1).view(np.uint8)
+
+
+def bytes_to_put(keys: Sequence[BlockKey], buffers: Sequence[np.ndarray], priority: float) -> list[np.ndarray]:
+    """Check the arguments of `KVPool.put_blocks`; returns the buffers' own bytes, as `bytes_of`.
+
+    Raises:
+        ValueError: If there is not one fitting array for each key, or the priority is not a number.
+    """
+    if math.isnan(priority):
+        raise ValueError("a priority is a number")
+    if len(keys) != len(buffers):
+        raise ValueError(f"{len(keys)} keys, but {len(buffers)} arrays")
+    return [bytes_of(buffer) for buffer in buffers]
+
+
+def bytes_to_fill(keys: Sequence[BlockKey], outs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Check the arguments of `KVPool.get_blocks`; returns the arrays' own bytes, as `bytes_of`.
+
+    Raises:
+        ValueError: If there is not one fitting, writable array for each key.
+    """
+    if not all(out.flags.writeable for out in outs):
+        raise ValueError("a block cannot be read into a read-only array")
+    return bytes_to_put(keys, outs, 0.0)
 
 
 def checksum_of(pieces: Iterable[np.ndarray]) -> int:

@@ -1,6 +1,5 @@
 """The default pool: memory of this process, then files of this machine."""
 
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ import numpy as np
 
 from seer_jax.core.errors import ConfigError, TransferError
 from seer_jax.kvpool.arena import Arena, slot_bytes
-from seer_jax.kvpool.blocks import BlockHeader, bytes_of, type_name
+from seer_jax.kvpool.blocks import BlockHeader, bytes_to_fill, bytes_to_put, type_name
 from seer_jax.kvpool.index import Entry, Index
 from seer_jax.kvpool.keys import BlockKey
 from seer_jax.kvpool.pool import PoolStats, Status
@@ -30,6 +29,9 @@ class EmbeddedKVPool:
     A put copies into DRAM. A thread writes what is worth least to disk; a put that finds DRAM full waits for it. A get
     copies out of DRAM or reads from disk straight into the caller's buffer, and checks the bytes either way.
     """
+
+    is_shared = False
+    """See `KVPool`."""
 
     def __init__(
         self,
@@ -87,16 +89,12 @@ class EmbeddedKVPool:
         self, keys: Sequence[BlockKey], buffers: Sequence[np.ndarray], *, priority: float = 0.0
     ) -> list[Status]:
         """See `KVPool`."""
-        flats = _check(keys, buffers)
-        if math.isnan(priority):
-            raise ValueError("a priority is a number")
+        flats = bytes_to_put(keys, buffers, priority)
         return [self._put(key, buffer, flat, priority) for key, buffer, flat in zip(keys, buffers, flats, strict=True)]
 
     def get_blocks(self, keys: Sequence[BlockKey], outs: Sequence[np.ndarray]) -> list[Status]:
         """See `KVPool`."""
-        flats = _check(keys, outs)
-        if not all(out.flags.writeable for out in outs):
-            raise ValueError("a block cannot be read into a read-only array")
+        flats = bytes_to_fill(keys, outs)
         return [self._get(key, out, flat) for key, out, flat in zip(keys, outs, flats, strict=True)]
 
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
@@ -104,19 +102,6 @@ class EmbeddedKVPool:
         with self._index.changed:
             entries = [self._index.entries.get(key.digest) for key in keys]
             return [entry is not None and entry.header is not None for entry in entries]
-
-    def pin(self, keys: Sequence[BlockKey]) -> None:
-        """See `KVPool`. Pinned blocks may be moved to disk."""
-        with self._index.changed:
-            for key in keys:
-                self._index.pin(key.digest)
-
-    def unpin(self, keys: Sequence[BlockKey]) -> None:
-        """See `KVPool`."""
-        with self._index.changed:
-            for key in keys:
-                self._index.unpin(key.digest)
-            self._index.changed.notify_all()
 
     def drop(self, keys: Sequence[BlockKey]) -> None:
         """See `KVPool`. A dropped block may be found again if the directory is opened again before its file is gone."""
@@ -132,14 +117,19 @@ class EmbeddedKVPool:
             self._index.changed.notify_all()
         return len(old)
 
+    def keys(self) -> list[BlockKey]:
+        """Of the blocks that can be had now."""
+        with self._index.changed:
+            return [entry.key for entry in self._index.entries.values() if entry.header is not None]
+
     def stats(self) -> PoolStats:
         """See `KVPool`."""
         index = self._index
         with index.changed:
             return PoolStats(
-                num_blocks=sum(entry.header is not None for entry in index.entries.values()),
-                num_pinned=len(index.pins),
+                num_blocks=index.num_blocks,
                 dram_bytes=index.arena.size_bytes - index.arena.free_bytes,
+                peak_dram_bytes=index.arena.size_bytes - index.arena.least_free_bytes,
                 max_dram_bytes=index.arena.size_bytes,
                 disk_bytes=index.files.total_bytes if index.files else 0,
                 max_disk_bytes=self._max_disk_bytes if index.files else 0,
@@ -205,11 +195,11 @@ class EmbeddedKVPool:
         if digest in index.entries:
             return
         entry = Entry(header.key)
-        entry.header, entry.place = header, place
+        entry.place = place
         index.files.keep(place, digest)
         index.entries[digest] = entry
         index.ranks.use(digest, header.priority)
-        index.requeue(entry)
+        index.complete(entry, header)
         index.counts["num_recovered"] += 1
 
     def _forget(self, digests: Sequence[bytes]) -> None:
@@ -237,7 +227,7 @@ class EmbeddedKVPool:
                 if checksum is None:
                     index.remove(entry)
                 elif not entry.gone:
-                    entry.header = BlockHeader(
+                    header = BlockHeader(
                         key=key,
                         dtype=type_name(buffer.dtype),
                         shape=buffer.shape,
@@ -245,7 +235,7 @@ class EmbeddedKVPool:
                         payload_bytes=len(flat),
                         checksum=checksum,
                     )
-                    index.requeue(entry)
+                    index.complete(entry, header)
                     index.counts["num_stored"] += 1
                 index.changed.notify_all()
         return Status.STORED
@@ -263,12 +253,12 @@ class EmbeddedKVPool:
             if entry is None:
                 if index.closed or slot_bytes(payload_bytes) > index.arena.size_bytes:
                     return None, self._refuse(Status.NO_SPACE)
-                slot = index.take_memory(payload_bytes, math.inf if index.pins[digest] else priority)
+                slot = index.take_memory(payload_bytes, priority)
                 if slot is not None:
                     break
                 if not index.may_get_memory():
                     may_retry = retried is None or retried.place is not None
-                    retried = index.unstick_pinned() if may_retry else None
+                    retried = index.unstick_one() if may_retry else None
                     if retried is None:
                         return None, self._refuse(Status.NO_SPACE)
             if not self._wait(deadline):
@@ -331,14 +321,3 @@ class EmbeddedKVPool:
                     index.counts["num_corrupt"] += 1
                     index.remove(entry)
         return Status.HIT if is_sound else Status.CORRUPT
-
-
-def _check(keys: Sequence[BlockKey], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The arrays' bytes.
-
-    Raises:
-        ValueError: If there is not one fitting array for each key.
-    """
-    if len(keys) != len(arrays):
-        raise ValueError(f"{len(keys)} keys, but {len(arrays)} arrays")
-    return [bytes_of(array) for array in arrays]

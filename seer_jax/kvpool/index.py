@@ -3,7 +3,6 @@
 import threading
 from collections import Counter
 
-from seer_jax.core.errors import ProtocolError
 from seer_jax.kvpool.arena import Arena, Slot, slot_bytes
 from seer_jax.kvpool.blocks import BlockHeader
 from seer_jax.kvpool.eviction import Ranks, VictimQueue
@@ -32,11 +31,12 @@ class Index:
         changed: Notified whenever memory, files or a block become available.
         dirty: Blocks in DRAM only, which can be spilled or, without a disk, evicted.
         clean: Blocks in DRAM and on disk, whose memory is free for the taking.
-        on_disk: Blocks on disk that are not pinned.
-        refused: Blocks in DRAM that the disk would not take and that are not pinned.
+        on_disk: Blocks on disk.
+        refused: Blocks in DRAM that the disk would not take.
         can_spill: Whether there is a disk, and a thread that writes to it.
         dirty_bytes: Memory of blocks in DRAM only.
         pending_bytes: Memory that is free as soon as its last reader is done.
+        num_blocks: Blocks that can be had.
         num_filling: Blocks being copied in.
         num_spilling: Blocks being written to disk.
         counts: Counters of `PoolStats`.
@@ -49,10 +49,15 @@ class Index:
         self.ranks = Ranks()
         self.dirty, self.clean, self.on_disk, self.refused = (VictimQueue(self.ranks) for _ in range(4))
         self.can_spill = files is not None
-        self.pins: Counter[bytes] = Counter()
-        self.dirty_bytes = self.pending_bytes = self.num_filling = self.num_spilling = 0
+        self.dirty_bytes = self.pending_bytes = self.num_blocks = self.num_filling = self.num_spilling = 0
         self.counts: Counter[str] = Counter()
         self.closed = False
+
+    def complete(self, entry: Entry, header: BlockHeader) -> None:
+        """A block is all there and can be had."""
+        entry.header = header
+        self.num_blocks += 1
+        self.requeue(entry)
 
     def requeue(self, entry: Entry) -> None:
         """Put an entry into the queues it belongs to, after any change of it."""
@@ -61,17 +66,15 @@ class Index:
             return  # Another block may have the name by now.
         ready = entry.header is not None and not entry.gone
         in_dram, is_on_disk = ready and entry.slot is not None, ready and entry.place is not None
-        pinned = self.pins[digest] > 0
         is_dirty = in_dram and not is_on_disk
         dirty_bytes = entry.slot.size_bytes if is_dirty else 0
         self.dirty_bytes += dirty_bytes - entry.dirty_bytes
         entry.dirty_bytes = dirty_bytes
-        can_leave = self.can_spill or not pinned
         for queue, belongs in (
-            (self.dirty, is_dirty and can_leave and not entry.spilling and not entry.stuck),
+            (self.dirty, is_dirty and not entry.spilling and not entry.stuck),
             (self.clean, in_dram and is_on_disk),
-            (self.on_disk, is_on_disk and not pinned),
-            (self.refused, is_dirty and entry.stuck and not pinned),
+            (self.on_disk, is_on_disk),
+            (self.refused, is_dirty and entry.stuck),
         ):
             if belongs:
                 queue.add(digest)
@@ -83,6 +86,7 @@ class Index:
         if entry.gone:
             return
         entry.gone = True
+        self.num_blocks -= entry.header is not None
         self.requeue(entry)
         digest = entry.key.digest
         del self.entries[digest]
@@ -140,15 +144,15 @@ class Index:
                 entry.stuck = False
                 self.requeue(entry)
 
-    def unstick_pinned(self) -> Entry | None:
-        """Let one pinned block that the disk refused be tried again; None if there is none."""
-        for digest in self.pins:
-            entry = self.entries.get(digest)
-            if entry is not None and entry.stuck:
-                entry.stuck = False
-                self.requeue(entry)
-                return entry
-        return None
+    def unstick_one(self) -> Entry | None:
+        """Let the least valuable block that the disk refused be tried again; None if there is none."""
+        digest = self.refused.peek()
+        if digest is None:
+            return None
+        entry = self.entries[digest]
+        entry.stuck = False
+        self.requeue(entry)
+        return entry
 
     def stop_spilling(self) -> None:
         """The thread that writes has ended: go on with DRAM and what is on disk already."""
@@ -158,33 +162,12 @@ class Index:
             self.requeue(entry)
         self.changed.notify_all()
 
-    def pin(self, digest: bytes) -> None:
-        """Count a pin."""
-        self.pins[digest] += 1
-        if digest in self.entries:
-            self.requeue(self.entries[digest])
-
-    def unpin(self, digest: bytes) -> None:
-        """Take a pin back.
-
-        Raises:
-            ProtocolError: If there is none.
-        """
-        if not self.pins[digest]:
-            del self.pins[digest]
-            raise ProtocolError(f"KV block {digest.hex()} is not pinned")
-        self.pins[digest] -= 1
-        if not self.pins[digest]:
-            del self.pins[digest]
-        if digest in self.entries:
-            self.requeue(self.entries[digest])
-
     def clear(self) -> None:
         """Forget everything; blocks in use go with their last user."""
         for entry in self.entries.values():
             entry.gone = True
         self.entries.clear()
-        self.pins.clear()
+        self.num_blocks = 0
         self.ranks = Ranks()
         self.dirty, self.clean, self.on_disk, self.refused = (VictimQueue(self.ranks) for _ in range(4))
         self.dirty_bytes = 0

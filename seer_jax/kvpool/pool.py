@@ -16,17 +16,17 @@ class Status(enum.Enum):
     HIT = "hit"
     """The buffer holds the block, its checksum was right."""
     STORED = "stored"
-    """The pool holds the block; it may evict it later unless it is pinned."""
+    """The pool holds the block; it may evict it later."""
     MISS = "miss"
     CORRUPT = "corrupt"
     """The bytes were damaged and the block is forgotten; or the buffer has another shape or type than the block."""
     TIMEOUT = "timeout"
     """The pool could not take or give the block in time."""
     NO_SPACE = "no_space"
-    """The block does not fit, or everything stored is pinned or worth more."""
+    """The block does not fit, or everything stored is worth more."""
 
 
-HOLDINGS = {"num_blocks", "num_pinned", "dram_bytes", "max_dram_bytes", "disk_bytes", "max_disk_bytes"}
+HOLDINGS = {"num_blocks", "dram_bytes", "peak_dram_bytes", "max_dram_bytes", "disk_bytes", "max_disk_bytes"}
 """Fields of `PoolStats` that count nothing up."""
 
 
@@ -36,8 +36,8 @@ class PoolStats:
 
     Attributes:
         num_blocks: Blocks that can be had now.
-        num_pinned: Pinned keys, whether stored or not.
         dram_bytes: Memory in use, of `max_dram_bytes`.
+        peak_dram_bytes: The most that it has been.
         disk_bytes: Size of the files, dead blocks included, of `max_disk_bytes`.
         num_stored: Blocks newly stored; a key put again does not count.
         num_hits: Blocks returned.
@@ -51,12 +51,13 @@ class PoolStats:
         num_disk_errors: Reads and writes that the file system refused.
         num_recovered: Blocks found on disk when the pool was opened.
         truncated_bytes: Bytes on disk that were cut off then, being no valid block or behind one that is not.
+        num_owners_lost: Owners of a shared pool that died with what they held.
         put_wait_s: Time puts spent waiting for memory, all threads together.
     """
 
     num_blocks: int = 0
-    num_pinned: int = 0
     dram_bytes: int = 0
+    peak_dram_bytes: int = 0
     max_dram_bytes: int = 0
     disk_bytes: int = 0
     max_disk_bytes: int = 0
@@ -72,6 +73,7 @@ class PoolStats:
     num_disk_errors: int = 0
     num_recovered: int = 0
     truncated_bytes: int = 0
+    num_owners_lost: int = 0
     put_wait_s: float = 0.0
 
     def since(self, before: "PoolStats") -> "PoolStats":
@@ -85,7 +87,14 @@ class KVPool(Protocol):
     """Blocks of KV by key. Batch first; buffers are the caller's; a miss is a status, never an exception.
 
     A key names its content: a key put again keeps the bytes that are there. All methods may be called from any thread.
+    There are no pins: a chunk that arrives has its KV fetched at once, so nothing waits in the pool that is known to be
+    needed; and pins of an instance that died would never be taken back.
     """
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other instances find what this one put, also when it is dead."""
+        ...
 
     def put_blocks(
         self, keys: Sequence[BlockKey], buffers: Sequence[np.ndarray], *, priority: float = 0.0
@@ -125,24 +134,12 @@ class KVPool(Protocol):
         """Whether each block could be had now; does not count as use."""
         ...
 
-    def pin(self, keys: Sequence[BlockKey]) -> None:
-        """Keep these blocks from being evicted, those that are still to be put too; one `unpin` for every `pin`."""
-        ...
-
-    def unpin(self, keys: Sequence[BlockKey]) -> None:
-        """Take back one `pin` of each.
-
-        Raises:
-            ProtocolError: If a key is not pinned.
-        """
-        ...
-
     def drop(self, keys: Sequence[BlockKey]) -> None:
-        """Forget these blocks, even pinned ones; what is not there is no error."""
+        """Forget these blocks; what is not there is no error."""
         ...
 
     def drop_epochs_before(self, epoch: int) -> int:
-        """Forget all blocks of weights older than `epoch`, even pinned ones; returns how many there were."""
+        """Forget all blocks of weights older than `epoch`; returns how many there were."""
         ...
 
     def stats(self) -> PoolStats:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import math
 import threading
 from collections.abc import Sequence
 
@@ -11,12 +10,9 @@ import numpy as np
 from seer_jax.core.errors import TransferError
 from seer_jax.kvpool.arena import Slot
 from seer_jax.kvpool.blocks import HEADER_BYTES, BlockHeader
-from seer_jax.kvpool.eviction import Rank
 from seer_jax.kvpool.index import Entry, Index
 from seer_jax.kvpool.segments import Place, Segment, SegmentFiles, read_place
 
-PINNED: Rank = (math.inf, math.inf, 0)
-"""Anything that is not pinned goes before a pinned block."""
 MOST_LIVE = 0.875
 """A file that lives more than this is never moved: too much writing for too little room."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -142,19 +138,21 @@ class Spiller:
                     return False
                 if 2 * segment.live_bytes > segment.size_bytes:
                     victim = index.on_disk.peek()
-                    rank = PINNED if index.pins[digest] or digest not in index.ranks else index.ranks[digest]
-                    if victim is not None and index.ranks[victim] < rank:
+                    if digest not in index.ranks:
+                        return False  # Dropped in the meantime.
+                    if victim is not None and index.ranks[victim] < index.ranks[digest]:
                         index.counts["num_evicted"] += 1
                         index.remove(index.entries[victim])
                         continue
                     if segment.live_bytes > MOST_LIVE * segment.size_bytes:
                         return False
-            if not (self._move_out(segment) and self._delete(segment)):
+            self._move_out(segment)
+            if not self._delete(segment):
                 return False
         return most_bytes >= 0
 
-    def _move_out(self, segment: Segment) -> bool:
-        """Write the live blocks of a file to the newest one; False if a pinned one would not go."""
+    def _move_out(self, segment: Segment) -> None:
+        """Write the live blocks of a file to the newest one."""
         index = self._index
         self._files.seal(segment)
         with index.changed:
@@ -177,11 +175,9 @@ class Spiller:
                 elif moved is not None:
                     entry.place = moved
                     self._files.kill(place)
-                elif not is_sound or not index.pins[entry.key.digest]:
+                else:
                     index.counts["num_evicted" if is_sound else "num_corrupt"] += 1
                     index.remove(entry)
-        with index.changed:
-            return not segment.live
 
     def _delete(self, segment: Segment) -> bool:
         """Delete a file without live blocks; False if it has some again or the file system refuses."""

@@ -39,6 +39,8 @@ def test_a_number_below_its_bound_is_refused_by_name(path):
         ({"train__clip_low": 1.0}, "train.clip_low"),
         ({"sampling__max_tokens": 1024, "engine__max_model_len": 1024}, "sampling.max_tokens"),
         ({"engine__prefill_tile": 257}, "engine.prefill_tile"),
+        ({"rollout__min_instances": 3}, "rollout.min_instances"),
+        ({"rollout__min_instances": 1, "rollout__runtime": "local"}, "rollout.min_instances"),
         ({"run_dir": ""}, "run_dir"),
         ({"run_dir": "runs/{nme}"}, "run_dir"),
         ({"run_dir": "runs/{"}, "run_dir"),

@@ -33,6 +33,13 @@ def test_the_seed_decides():
     assert victims(1, 4) == victims(1, 4) != victims(2, 4)
 
 
+def test_as_many_pool_owners_are_killed_as_asked_for():
+    chaos = Chaos(ChaosConfig(kill_pool_owner=3, seed=3))
+    chaos.start(50)
+    moments = [done for done in range(50) for _ in range(2) if chaos.kills_pool_owner(done)]
+    assert len(moments) == 3 and not chaos.kills_pool_owner(50)
+
+
 def test_messages_are_dropped_at_the_rate_asked_for():
     chaos = Chaos(ChaosConfig(drop_message=0.25))
     assert 200 < sum(chaos.drops_message() for _ in range(1000)) < 300
@@ -48,6 +55,8 @@ def test_only_the_first_instance_is_slow():
     ("chaos", "field"),
     [
         ({"kill_instance": -1}, "chaos.kill_instance"),
+        ({"kill_pool_owner": -1}, "chaos.kill_pool_owner"),
+        ({"kill_pool_owner": 1}, "chaos.kill_pool_owner"),
         ({"drop_message": 1.0}, "chaos.drop_message"),
         ({"drop_message": 0.1}, "chaos.drop_message"),
         ({"slow_instance": 0.5}, "chaos.slow_instance"),

@@ -17,6 +17,7 @@ from seer_jax.core.events import ChunkFinished, Event, InstanceLost, InstanceRep
 from seer_jax.core.scheduling import make_policy
 from seer_jax.core.types import KVHandle, RequestChunk, SamplingParams
 from seer_jax.distributed import ray_cluster
+from seer_jax.distributed import resources as placement
 from seer_jax.distributed.instance_actor import InstanceActor
 from seer_jax.distributed.ray_cluster import RayCluster, start_ray
 from seer_jax.engine.factory import build_local_cluster
@@ -141,7 +142,7 @@ def test_instance_that_no_node_can_hold_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
 
     def check(instances: int, tensor: int) -> None:
-        ray_cluster._check_resources(
+        placement.check_resources(
             "gpu", RunConfig(rollout=RolloutConfig(instances=instances), sharding=ShardingConfig(tensor=tensor))
         )
 
@@ -167,9 +168,9 @@ def test_accelerator_counts_only_if_ray_reports_it_and_jax_can_use_it(
     monkeypatch: pytest.MonkeyPatch, resources: dict[str, float], installed: set[str], jax_platforms: str, platform: str
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
-    monkeypatch.setattr(ray_cluster, "find_spec", lambda name: SimpleNamespace() if name in installed else None)
+    monkeypatch.setattr(placement, "find_spec", lambda name: SimpleNamespace() if name in installed else None)
     monkeypatch.setenv("JAX_PLATFORMS", jax_platforms)
-    assert ray_cluster._platform() == platform
+    assert placement.find_platform() == platform
 
 
 class KillingCluster(RayCluster):

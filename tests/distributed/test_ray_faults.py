@@ -8,7 +8,7 @@ import jax
 import pytest
 import ray
 
-from seer_jax.config.schema import ChaosConfig, RolloutConfig, RunConfig
+from seer_jax.config.schema import ChaosConfig, KVPoolConfig, RolloutConfig, RunConfig
 from seer_jax.core.commands import Command
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.errors import InstanceLostError
@@ -173,3 +173,36 @@ def test_an_instance_that_hangs_or_whose_device_fails_is_replaced(actor, expecte
     assert [event.instance_id for event in log if isinstance(event, InstanceLost)] == [0]
     assert result.stats.chunks_resumed > 0
     cluster.close()
+
+
+class SlowActor(InstanceActor):
+    """Its steps take as long as those of a real model, next to which calls to the pool are short."""
+
+    def start(self, *args):
+        """Start, and wait in every step from now on."""
+        info = super().start(*args)
+        step = self._engine.step
+
+        def wait_and_step():
+            time.sleep(0.05)
+            return step()
+
+        self._engine.step = wait_and_step
+        return info
+
+
+def test_kv_in_the_shared_pool_outlives_its_instance_and_an_owner_that_dies_costs_no_token(expected, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "InstanceActor", SlowActor)
+    figures = []
+    for backend, num_owners in (("embedded", 0), ("ray", 0), ("ray", 2)):
+        chaos = ChaosConfig(kill_instance=1, kill_pool_owner=num_owners, seed=7)
+        config = dataclasses.replace(CONFIG, chaos=chaos, kvpool=KVPoolConfig(backend=backend, move="always"))
+        cluster = RayCluster(config, tiny.MODEL, tiny.params())
+        result, _ = roll_out(cluster, chaos)
+        cluster.close()
+        assert result.stats.output_sha256 == expected.stats.output_sha256
+        assert result.stats.instances_lost == 1 and result.stats.pool_owners_lost == num_owners
+        figures.append(result.stats)
+    embedded, shared, _ = figures
+    assert embedded.re_prefilled_tokens > 50
+    assert shared.re_prefilled_tokens < embedded.re_prefilled_tokens / 2

@@ -1,6 +1,7 @@
 """KV that others need the pages of goes through the pool: small, damaged or full, it never costs a token."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,14 @@ from seer_jax.core.types import SamplingParams
 from seer_jax.engine.cluster import LocalCluster
 from seer_jax.engine.engine import Engine
 from seer_jax.engine.factory import build_engine
+from seer_jax.engine.paused_kv import BLOCK_TOKENS
 from seer_jax.engine.rollout import RolloutResult, RolloutRunner
 from seer_jax.kvpool import EmbeddedKVPool
 from tests.engine import tiny
 
 SAMPLING = SamplingParams(max_tokens=40, stop_token_ids=(1, 2), seed=5)
-BLOCK_BYTES = 20 * 4 * 2 * 24 * 4
+TOKEN_BYTES = 2 * 24 * 4
+BLOCK_BYTES = 20 * 4 * TOKEN_BYTES
 """KV of a long request: pages x page_size x layers x latent width x float32."""
 
 
@@ -100,6 +103,76 @@ def test_siblings_that_said_the_same_keep_a_block_each():
     assert result.stats.imported_tokens > 0 and result.stats.re_prefilled_tokens == 0
 
 
+class SharedPool(EmbeddedKVPool):
+    """One that several engines use and that outlives them."""
+
+    is_shared = True
+
+    def close(self) -> None:
+        """Leave it to the others."""
+
+
+def test_a_shared_pool_gets_every_token_once_and_keeps_nothing_that_ended(expected):
+    pool = SharedPool(1 << 24)
+    result = roll_out([pool, pool])
+    check(result, expected)
+    stats, figures = pool.stats(), result.stats
+    assert figures.re_prefilled_tokens == figures.blocks_lost == 0
+    # A whole KV per chunk of 4 tokens would be several times as much; the last block of each is sent again.
+    tokens = sum(len(s.prompt_token_ids) + len(s.token_ids) for s in result.samples)
+    whole = sum(
+        sum(range(len(s.prompt_token_ids), len(s.prompt_token_ids) + len(s.token_ids), 4)) for s in result.samples
+    )
+    assert 0 < figures.saved_bytes < TOKEN_BYTES * (tokens + 32 * figures.num_chunks) and whole > 2 * tokens
+    assert stats.num_stored > 0 and stats.num_blocks == 0
+
+
+def kill_one(pools: list[EmbeddedKVPool], between: Callable[[], None] | None = None) -> RolloutResult:
+    """Two instances, one of which dies when some of the requests are finished."""
+    config = dataclasses.replace(tiny.CONFIG, deterministic=True, num_pages=64)
+    engines = [Engine(tiny.MODEL, tiny.params(), config, instance_id=i, kv_pool=pool) for i, pool in enumerate(pools)]
+    chaos = ChaosConfig(kill_instance=1, seed=7)
+    settings = RolloutConfig(chunk_size=4, prefetch_chunks=0, starvation_interval=2)
+    cluster = LocalCluster(engines)
+    if between is not None:
+        kill = cluster.kill
+        cluster.kill = lambda instance_id: (kill(instance_id), between())
+    return RolloutRunner(cluster, RolloutDriver(make_policy("seer", settings)), chaos=chaos).run(
+        tiny.groups(3, 4, SAMPLING)
+    )
+
+
+def test_kv_in_a_shared_pool_outlives_its_instance(expected):
+    alone = kill_one([EmbeddedKVPool(1 << 24), EmbeddedKVPool(1 << 24)])
+    pool = SharedPool(1 << 24)
+    shared = kill_one([pool, pool])
+    for result in (alone, shared):
+        check(result, expected)
+        assert result.stats.instances_lost == 1 and result.stats.chunks_resumed > 0
+    assert alone.stats.re_prefilled_tokens > 20
+    assert shared.stats.re_prefilled_tokens < alone.stats.re_prefilled_tokens / 4
+    assert pool.stats().num_blocks == 0
+
+
+def test_a_shared_pool_that_loses_everything_gets_it_again(expected):
+    pool = SharedPool(1 << 24)
+    result = kill_one([pool, pool], between=lambda: pool.drop(pool.keys()))
+    check(result, expected)
+    assert result.stats.re_prefilled_tokens > 0 and pool.stats().num_blocks == 0
+
+
+def test_of_a_request_whose_last_blocks_are_gone_the_first_ones_are_used(expected):
+    pool = SharedPool(1 << 24)
+
+    def lose_partial_blocks() -> None:
+        pool.drop(list(filter(lambda key: key.num_tokens < BLOCK_TOKENS, pool.keys())))
+
+    whole = kill_one([pool, pool], between=lambda: pool.drop(pool.keys()))
+    result = kill_one([pool, pool], between=lose_partial_blocks)
+    check(result, expected)
+    assert 0 < result.stats.re_prefilled_tokens < whole.stats.re_prefilled_tokens
+
+
 def run_config(tmp_path: Path, **chaos: bool) -> RunConfig:
     return RunConfig(
         engine=dataclasses.replace(tiny.CONFIG, num_pages=32),
@@ -122,10 +195,16 @@ def test_each_place_has_a_directory_which_a_replacement_takes_over(tmp_path):
     [
         ({"disk_mib": 8}, {}, r"kvpool\.directory"),
         ({"dram_mib": -1}, {}, r"kvpool\.dram_mib"),
+        ({"backend": "ray"}, {}, r"kvpool\.backend"),
         ({}, {"fill_disk": True}, r"chaos\.fill_disk"),
         ({}, {"corrupt_block": -2}, r"chaos\.corrupt_block"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(kvpool, chaos, field):
     with pytest.raises(ConfigError, match=field):
-        validate(RunConfig(kvpool=KVPoolConfig(**kvpool), chaos=ChaosConfig(**chaos)), training=False)
+        validate(
+            RunConfig(
+                rollout=RolloutConfig(runtime="local"), kvpool=KVPoolConfig(**kvpool), chaos=ChaosConfig(**chaos)
+            ),
+            training=False,
+        )

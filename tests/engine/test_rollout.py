@@ -13,6 +13,7 @@ from seer_jax.core.types import SamplingParams
 from seer_jax.engine.cluster import LocalCluster
 from seer_jax.engine.engine import Engine
 from seer_jax.engine.rollout import RolloutResult, RolloutRunner, summarize
+from seer_jax.kvpool import PoolStats
 from tests.engine import tiny
 
 SAMPLING = SamplingParams(max_tokens=40, stop_token_ids=(1, 2), seed=5)
@@ -87,5 +88,5 @@ def test_request_that_never_fits_is_refused_before_anything_runs_and_the_runner_
 def test_tail_time_runs_from_the_90th_percentile_finish_to_the_end() -> None:
     samples = roll_out().samples[:10]
     finish_times = np.arange(1.0, 11.0)
-    stats = summarize(samples, finish_times.tolist(), [], rollout_time_s=10.5)
+    stats = summarize(samples, finish_times.tolist(), [], rollout_time_s=10.5, pool=PoolStats())
     assert stats.tail_time_s == 10.5 - 9.0

@@ -6,7 +6,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from seer_jax.core.errors import ProtocolError
 from seer_jax.kvpool import EmbeddedKVPool, KVPool, Status
 from tests.kvpool.blocks import get, make_block, make_key, put
 
@@ -25,9 +24,9 @@ BACKENDS = {
 }
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[*BACKENDS, pytest.param("ray", marks=pytest.mark.ray)])
 def pool(request, tmp_path):
-    pool = BACKENDS[request.param](tmp_path)
+    pool = request.getfixturevalue("ray_pool") if request.param == "ray" else BACKENDS[request.param](tmp_path)
     yield pool
     pool.close()
 
@@ -89,12 +88,11 @@ def test_a_flipped_bit_is_found_once_and_the_block_can_be_put_again(pool, bit):
     assert not pool.flip_bit(make_key(9), bit)
 
 
-def test_dropped_blocks_are_gone_even_pinned_ones(pool):
+def test_dropped_blocks_are_gone(pool):
     put(pool, range(3))
-    pool.pin([make_key(1)])
     pool.drop([make_key(0), make_key(1), make_key(9)])
     assert get(pool, range(3)) == [MISS, MISS, HIT]
-    pool.unpin([make_key(1)])
+    assert pool.stats().num_blocks == 1
 
 
 def test_old_epochs_are_dropped_as_a_whole(pool):
@@ -116,34 +114,6 @@ def test_more_than_fits_evicts_and_stays_within_bounds(pool):
     # What is written to disk in the meantime may evict more.
     num_hits = get(pool, range(100)).count(HIT)
     assert pool.stats().num_blocks <= num_hits <= stats.num_blocks
-
-
-def test_pinned_blocks_are_never_evicted_also_when_pinned_before_they_are_put(pool):
-    pool.pin([make_key(name) for name in range(6)])
-    put(pool, range(6))
-    put(pool, range(100, 160))
-    assert get(pool, range(6)) == [HIT] * 6
-    pool.unpin([make_key(name) for name in range(6)])
-    put(pool, range(200, 320))
-    assert MISS in get(pool, range(6))
-
-
-def test_a_pool_full_of_pinned_blocks_says_so(pool):
-    pool.pin([make_key(name) for name in range(120)])
-    statuses = put(pool, range(120))
-    num_stored = statuses.count(STORED)
-    assert NUM_FIT <= num_stored < 120
-    assert set(statuses) == {STORED, NO_SPACE}
-    assert [status is HIT for status in get(pool, range(120))] == [status is STORED for status in statuses]
-    pool.unpin([make_key(name) for name in range(120)])
-    assert put(pool, [1000]) == [STORED]
-
-
-def test_unpinning_what_is_not_pinned_is_a_bug_of_the_caller(pool):
-    pool.pin([make_key(1)] * 2)
-    pool.unpin([make_key(1)] * 2)
-    with pytest.raises(ProtocolError, match="not pinned"):
-        pool.unpin([make_key(1)])
 
 
 def test_the_lowest_priority_goes_first(pool):
@@ -188,9 +158,7 @@ def test_threads_never_see_wrong_bytes(pool):
                 elif action < 4:
                     assert set(get(pool, names)) <= {HIT, MISS}
                 else:
-                    pool.pin([make_key(name) for name in names])
                     pool.drop([make_key(names[0])])
-                    pool.unpin([make_key(name) for name in names])
         except BaseException as error:
             failures.append(error)
 
@@ -201,7 +169,7 @@ def test_threads_never_see_wrong_bytes(pool):
         thread.join()
     assert not failures
     stats = pool.stats()
-    assert (stats.num_pinned, stats.num_corrupt, stats.num_timeouts, stats.num_disk_errors) == (0, 0, 0, 0)
+    assert (stats.num_corrupt, stats.num_timeouts, stats.num_disk_errors) == (0, 0, 0)
 
 
 def test_a_closed_pool_is_empty_and_closes_again(pool):

@@ -120,10 +120,10 @@ def test_files_of_dropped_epochs_are_deleted(tmp_path):
 
 def test_live_blocks_of_mostly_dead_files_are_moved_not_lost(tmp_path):
     pool = open_pool(tmp_path, dram_blocks=1, max_disk_bytes=16 * RECORD)
-    pinned = [name for name in range(100) if name % 12 == 0]
-    pool.pin([make_key(name) for name in pinned])
-    assert put(pool, range(100)) == [STORED] * 100
-    assert get(pool, pinned) == [HIT] * len(pinned)
+    dear = [name for name in range(100) if name % 12 == 0]
+    for name in range(100):
+        assert put(pool, [name], priority=float(name in dear)) == [STORED]
+    assert get(pool, dear) == [HIT] * len(dear)
     assert pool.stats().disk_bytes <= 16 * RECORD
     assert pool.stats().num_spilled > 100
     pool.close()
@@ -157,10 +157,9 @@ def test_a_disk_that_refuses_costs_blocks_but_raises_nothing(tmp_path, monkeypat
     pool.close()
 
 
-def test_pinned_blocks_outlive_a_disk_that_refuses(tmp_path, monkeypatch):
+def test_blocks_worth_more_outlive_a_disk_that_refuses(tmp_path, monkeypatch):
     pool = open_pool(tmp_path, put_timeout_s=5.0)
-    pool.pin([make_key(name) for name in range(4)])
-    put(pool, range(4))
+    put(pool, range(4), priority=1.0)
 
     def refuse(fd, data, offset):
         raise OSError(errno.ENOSPC, "refused")
@@ -172,6 +171,16 @@ def test_pinned_blocks_outlive_a_disk_that_refuses(tmp_path, monkeypatch):
     assert put(pool, [10]) == [STORED]
     assert get(pool, [*range(4), 10]) == [HIT] * 5
     pool.close()
+
+
+def test_memory_full_of_blocks_worth_more_says_so():
+    pool = EmbeddedKVPool(4 * 8192)
+    assert put(pool, range(4), priority=1.0) == [STORED] * 4
+    assert put(pool, [10]) == [Status.NO_SPACE]
+    assert get(pool, range(4)) == [HIT] * 4
+    assert put(pool, [10], priority=1.0) == [STORED]
+    stats = pool.stats()
+    assert (stats.num_blocks, stats.num_evicted, stats.dram_bytes, stats.peak_dram_bytes) == (4, 1, 32768, 32768)
 
 
 def test_a_full_disk_keeps_what_is_worth_more_than_what_comes(tmp_path):
@@ -264,8 +273,8 @@ def test_a_bug_in_the_writing_thread_leaves_a_pool_of_dram_and_what_is_on_disk(t
     put(pool, range(8))
     assert pool.flush()
     monkeypatch.setattr(Spiller, "_write", lambda self, header, views: 1 / 0)
-    pool.pin([make_key(20)])
-    assert put(pool, range(20, 60)) == [STORED] * 40
+    assert put(pool, [20], priority=1.0) == [STORED]
+    assert put(pool, range(21, 60)) == [STORED] * 39
     assert get(pool, [*range(4), 20, 59]) == [HIT] * 6
     assert not pool.flush()
     assert pool.stats().num_timeouts == 0
@@ -287,14 +296,13 @@ def test_a_flush_to_a_full_disk_loses_nothing_of_dram(tmp_path, monkeypatch):
     pool.close()
 
 
-def test_pinned_blocks_can_fill_most_of_the_disk(tmp_path):
+def test_blocks_worth_more_can_fill_more_than_half_of_the_disk(tmp_path):
     pool = open_pool(tmp_path, dram_blocks=1, max_disk_bytes=36 * RECORD)
-    # Pinned and other blocks take turns, so that no file is ever mostly dead.
-    pool.pin([make_key(name) for name in range(0, 60, 2)])
-    statuses = put(pool, range(60))
-    pinned = [name for name in range(0, 60, 2) if statuses[name] is STORED]
-    assert len(pinned) > 26
-    assert get(pool, pinned) == [HIT] * len(pinned)
+    # They take turns with others, so that no file is ever mostly dead.
+    for name in range(0, 44, 2):
+        assert put(pool, [name], priority=1.0) == [STORED]
+        put(pool, [name + 1])
+    assert get(pool, range(0, 44, 2)) == [HIT] * 22
     assert pool.stats().disk_bytes <= 36 * RECORD
     pool.close()
 

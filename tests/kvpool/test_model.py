@@ -15,13 +15,12 @@ SIZES = (8192, 3000, 20_000)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """`names` are all ever put, `gone` those dropped since, `pinned` the ones that must not be lost."""
+    """`names` are all ever put, `gone` those dropped since."""
 
     @initialize(disk=st.booleans())
     def open(self, disk):
         self.path = tempfile.mkdtemp() if disk else None
-        self.names, self.gone, self.kept = set(), set(), set()
-        self.pins: list[int] = []
+        self.names, self.gone = set(), set()
         self._open()
 
     def _open(self):
@@ -41,8 +40,6 @@ class PoolMachine(RuleBasedStateMachine):
             if status is Status.STORED:
                 self.names.add((name, epoch))
                 self.gone.discard((name, epoch))
-                if epoch == 0 and name in self.pins:
-                    self.kept.add(name)
 
     @rule(names=NAMES, epoch=st.integers(0, 2))
     def get(self, names, epoch):
@@ -50,37 +47,16 @@ class PoolMachine(RuleBasedStateMachine):
             (status,) = get(self.pool, [name], SIZES[name % 3], epoch)
             assert status in (Status.HIT, Status.MISS)
             assert status is Status.MISS or (name, epoch) in self.names - self.gone
-            assert status is Status.HIT or epoch or name not in self.kept
-
-    @rule(name=st.integers(0, 23))
-    def pin(self, name):
-        if len(self.pins) < 4:
-            self.pool.pin([make_key(name)])
-            self.pins.append(name)
-            if self.pool.contains([make_key(name)])[0]:
-                self.kept.add(name)
-
-    @rule()
-    def unpin(self):
-        if self.pins:
-            name = self.pins.pop()
-            self.pool.unpin([make_key(name)])
-            if name not in self.pins:
-                self.kept.discard(name)
 
     @rule(names=NAMES, epoch=st.integers(0, 2))
     def drop(self, names, epoch):
         self.pool.drop([make_key(name, epoch) for name in names])
         self.gone |= {(name, epoch) for name in names}
-        if epoch == 0:
-            self.kept -= set(names)
 
     @rule(epoch=st.integers(0, 2))
     def drop_epochs(self, epoch):
         self.pool.drop_epochs_before(epoch)
         self.gone |= {(name, old) for name, old in self.names if old < epoch}
-        if epoch:
-            self.kept.clear()
 
     @rule()
     def open_again(self):
@@ -93,8 +69,6 @@ class PoolMachine(RuleBasedStateMachine):
         self.gone.clear()  # A dropped block may be back: its bytes are right, whoever asks for it.
         if flushed:
             assert all(self.pool.contains([make_key(*each) for each in held]))
-        self.pins.clear()
-        self.kept.clear()
 
     @invariant()
     def bounds_are_kept(self):

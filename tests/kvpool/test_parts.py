@@ -134,7 +134,7 @@ def test_a_block_used_often_outlives_newer_ones_but_not_for_ever():
     assert order.index(b"shared") == 7 + 7
 
 
-def test_pinning_and_unpinning_over_and_over_takes_no_more_memory():
+def test_coming_and_going_over_and_over_takes_no_more_memory():
     ranks, queue = _queue([bytes([name]) for name in range(8)])
     for _ in range(1000):
         queue.discard(b"\0")

@@ -1,0 +1,36 @@
+"""Instances that come late: Ray has a place for them only while the rollout runs."""
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from seer_jax.core.events import ChunkFinished, InstanceJoined
+from seer_jax.distributed import ray_cluster
+from seer_jax.engine.factory import build_local_cluster
+from tests.distributed.test_ray_faults import CONFIG, joined, roll_out, start
+from tests.engine import tiny
+
+pytestmark = pytest.mark.ray
+
+
+def test_an_instance_joins_when_a_node_comes_and_takes_chunks(monkeypatch):
+    expected = roll_out(build_local_cluster(CONFIG, tiny.MODEL, tiny.params()))[0]
+    monkeypatch.setattr(ray_cluster, "actor_resources", lambda *_: {"num_cpus": 0, "resources": {"slot": 1}})
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": {"slot": 1}})
+    try:
+        ray.init(address=nodes.address, logging_level="ERROR")
+        cluster = start(min_instances=1)
+        assert [info.instance_id for info in cluster.infos] == [0] and cluster.expects_instances
+        first, log = roll_out(cluster)
+        assert joined(log) == [0] and first.stats.output_sha256 == expected.stats.output_sha256
+        nodes.add_node(num_cpus=1, resources={"slot": 1})
+        events = []
+        while not any(isinstance(event, InstanceJoined) for event in events):
+            events += cluster.wait()  # As a rollout under way would.
+        second, log = roll_out(cluster)
+        assert second.stats.output_sha256 == expected.stats.output_sha256 and second.stats.instances_lost == 0
+        assert {event.instance_id for event in log if isinstance(event, ChunkFinished)} == {0, 1}
+        cluster.close()
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
