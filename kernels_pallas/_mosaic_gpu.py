@@ -1,0 +1,42 @@
+"""What the Hopper kernels share: layouts of registers and shared memory, and limits of the chip."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WGMMA_ROWS = 64
+"""Rows that a warpgroup multiplies at a time."""
+SLAB = 64
+"""bfloat16 values of a row that lie together in shared memory: 128 bytes, swizzled as wgmma reads them."""
+MULTIPROCESSORS = 132
+"""Of an H100 or H200 (SXM); another number costs time, not correctness."""
+COPY_REGISTERS = 24
+"""Per thread of a warpgroup that only copies: the fewest that there can be."""
+LAYOUT = plgpu.Layout.WGMMA
+"""How a product lies in the registers of a warpgroup."""
+BY_ROW = LAYOUT.reduce(1)
+"""How a value for each of its rows does."""
+
+
+def slabs(shape: tuple[int, ...]):
+    """Shared memory for bfloat16 operands of wgmma."""
+    return plgpu.SMEM(
+        shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, SLAB)), plgpu.SwizzleTransform(2 * SLAB))
+    )
+
+
+def count_registers(warpgroups: int) -> int:
+    """Registers per thread that these warpgroups may have beside one that copies: of 65,536, in eights."""
+    launched = min(65_536 // (128 * (warpgroups + 1)), 255) // 8 * 8
+    return min((launched * (warpgroups + 1) - COPY_REGISTERS) // warpgroups // 8 * 8, 232)
+
+
+def with_layout(x: jax.Array, layout, interpret) -> jax.Array:
+    """Say how registers hold an array.
+
+    Args:
+        x: A constant, or what was just read from a reference.
+        layout: How.
+        interpret: What the kernel was given: the interpreter has no registers, and no rule for their layouts.
+    """
+    return x if interpret else plgpu.layout_cast(x, layout)

@@ -1,0 +1,45 @@
+"""The GPU kernel of the draw goes through the real compilers, at the shapes of real models; nothing runs."""
+
+from functools import partial
+
+import jax.numpy as jnp
+import pytest
+
+from kernels_pallas.tree_verify import pallas_gpu, tree_verify
+from kernels_pallas.tree_verify.arg_specs import ARG_SPECS, KIMI_K2, MOONLIGHT, ArgSpec
+from tests.aot.hopper import compile_for_hopper
+
+__all__ = ["compile_for_hopper"]
+pytestmark = pytest.mark.aot
+DECODE = {f"{rows} rows": ArgSpec(rows=rows, width=2048, vocab=163_840) for rows in (16, 128, 192)}
+SPECS = {name: ARG_SPECS[name] for name in (*MOONLIGHT, *KIMI_K2)} | DECODE
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_compiles_to_hopper_code_without_an_array_of_logits(name, compile_for_hopper):
+    spec = SPECS[name]
+    program = compile_for_hopper(partial(tree_verify, implementation="pallas_gpu"), *spec.args())
+    memory = program.compiled.memory_analysis()
+    print(f"AOT H200 {name}: {program.registers} registers, {program.spill_bytes} bytes spilled, {memory}")
+    assert ".target sm_90a" in program.ptx
+    # Products by wgmma, operands by the copy engine.
+    assert "wgmma.mma_async" in program.ptx
+    assert "cp.async.bulk.tensor" in program.ptx
+    # With five warpgroups 96 registers are a thread's share at launch, and a few values move to memory.
+    assert program.spill_bytes <= (32 if spec.rows > 192 else 0)
+    head = spec.width * spec.vocab // spec.shards * 2
+    assert head <= memory.argument_size_in_bytes < 1.01 * head + 5e6
+    # What thread blocks hold for the last combination and padding, not [rows, vocabulary]: 168 MB, or 21 MB of a shard.
+    assert memory.temp_size_in_bytes < 2e6 + 2 * spec.rows * spec.width
+
+
+def test_the_compiler_notices_more_shared_memory_than_there_is(compile_for_hopper, monkeypatch):
+    monkeypatch.setattr(pallas_gpu, "SMEM_BYTES", 240 << 10)
+    with pytest.raises(Exception, match=r"(?i)smem|shared memory"):
+        compile_for_hopper(partial(tree_verify, implementation="pallas_gpu"), *SPECS["16 rows"].args())
+
+
+def test_the_smallest_shape_compiles(compile_for_hopper):
+    spec = ArgSpec(rows=1, width=64, vocab=8)
+    assert jnp.dtype(spec.dtype) == jnp.bfloat16
+    compile_for_hopper(partial(tree_verify, implementation="pallas_gpu"), *spec.args())
