@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WGMMA_ROWS = 64
@@ -40,3 +41,38 @@ def with_layout(x: jax.Array, layout, interpret) -> jax.Array:
         interpret: What the kernel was given: the interpreter has no registers, and no rule for their layouts.
     """
     return x if interpret else plgpu.layout_cast(x, layout)
+
+
+def multiply_transposed(a, b, interpret) -> jax.Array:
+    """Multiply a matrix by another's transpose, both in shared memory.
+
+    Args:
+        a: Reference to bfloat16 [64, k].
+        b: Reference to bfloat16 [n, k].
+        interpret: As in `with_layout`: the interpreter cannot transpose.
+
+    Returns:
+        float32 [64, n], in registers.
+    """
+    if interpret:
+        return jnp.dot(a[...], b[...].T, preferred_element_type=jnp.float32)
+
+    def multiply(accumulator):
+        plgpu.wgmma(accumulator, a, plgpu.transpose_ref(b, (1, 0)))
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((WGMMA_ROWS, b.shape[0]), jnp.float32))
+
+
+def accumulate(total: jax.Array, a: jax.Array, b, interpret) -> jax.Array:
+    """Add a product to what registers hold.
+
+    Args:
+        total: float32 [64, n].
+        a: bfloat16 [64, k], in registers.
+        b: Reference to bfloat16 [k, n] in shared memory.
+        interpret: As in `with_layout`: the interpreter has no wgmma of registers, and none onto what they hold.
+    """
+    if interpret:
+        return total + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+    return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))

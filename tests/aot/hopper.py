@@ -30,6 +30,10 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 } device_description
 """XLA's GpuTargetConfig, as text of a protocol buffer."""
 
 
+_said: dict[str, str] = {}
+"""PTX and ptxas' report of each kernel, by its hash: the plugin compiles equal kernels once in a process."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HopperProgram:
     """What the compilers say of a program with one kernel of ours."""
@@ -65,10 +69,12 @@ def compile_for_hopper(monkeypatch, capfd) -> Callable[..., HopperProgram]:
         monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
         capfd.readouterr()
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            compiled = jax.jit(function).lower(*placed).compile()
-        said = "".join(capfd.readouterr())
-        [registers] = re.findall(r"Used (\d+) registers", said)
-        [spilled] = re.findall(r"bytes stack frame, (\d+) bytes spill stores", said)
-        return HopperProgram(compiled=compiled, ptx=said, registers=int(registers), spill_bytes=int(spilled))
+            lowered = jax.jit(function).lower(*placed)
+            compiled = lowered.compile()
+        [kernel] = re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', lowered.as_text())
+        _said.setdefault(kernel, "".join(capfd.readouterr()))
+        [registers] = re.findall(r"Used (\d+) registers", _said[kernel])
+        [spilled] = re.findall(r"bytes stack frame, (\d+) bytes spill stores", _said[kernel])
+        return HopperProgram(compiled=compiled, ptx=_said[kernel], registers=int(registers), spill_bytes=int(spilled))
 
     return compile_for
