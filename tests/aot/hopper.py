@@ -30,21 +30,21 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 } device_description
 """XLA's GpuTargetConfig, as text of a protocol buffer."""
 
 
-_said: dict[str, str] = {}
-"""PTX and ptxas' report of each kernel, by its hash: the plugin compiles equal kernels once in a process."""
+_said: dict[tuple[str, ...], str] = {}
+"""PTX and ptxas' report by the hashes of a program's kernels: the plugin compiles equal kernels once in a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HopperProgram:
-    """What the compilers say of a program with one kernel of ours."""
+    """What the compilers say of a program with kernels of ours."""
 
     compiled: Compiled
     """XLA's program; it cannot be called."""
     ptx: str
     registers: int
-    """Per thread at launch."""
+    """Per thread at launch, the most of any kernel."""
     spill_bytes: int
-    """Stored to memory by a thread for want of registers."""
+    """Stored to memory by a thread for want of registers, in all kernels."""
 
 
 @cache
@@ -57,7 +57,7 @@ def device() -> jax.Device:
 
 @pytest.fixture
 def compile_for_hopper(monkeypatch, capfd) -> Callable[..., HopperProgram]:
-    """Compile a function with one kernel of ours for given shapes of its arguments; None stays None."""
+    """Compile a function with kernels of ours for given shapes of its arguments; None stays None."""
 
     def compile_for(function: Callable, *args: jax.ShapeDtypeStruct | None) -> HopperProgram:
         mesh = Mesh(np.array([device()]), ("x",))
@@ -71,10 +71,13 @@ def compile_for_hopper(monkeypatch, capfd) -> Callable[..., HopperProgram]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             lowered = jax.jit(function).lower(*placed)
             compiled = lowered.compile()
-        [kernel] = re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', lowered.as_text())
-        _said.setdefault(kernel, "".join(capfd.readouterr()))
-        [registers] = re.findall(r"Used (\d+) registers", _said[kernel])
-        [spilled] = re.findall(r"bytes stack frame, (\d+) bytes spill stores", _said[kernel])
-        return HopperProgram(compiled=compiled, ptx=_said[kernel], registers=int(registers), spill_bytes=int(spilled))
+        kernels = tuple(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', lowered.as_text()))
+        said = _said.setdefault(kernels, "".join(capfd.readouterr()))
+        registers = re.findall(r"Used (\d+) registers", said)
+        spilled = re.findall(r"bytes stack frame, (\d+) bytes spill stores", said)
+        assert len(registers) == len(spilled) == len(kernels) > 0
+        return HopperProgram(
+            compiled=compiled, ptx=said, registers=max(map(int, registers)), spill_bytes=sum(map(int, spilled))
+        )
 
     return compile_for
