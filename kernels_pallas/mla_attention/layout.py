@@ -1,8 +1,6 @@
 """How the cache must lie for the kernels."""
 
-import jax.numpy as jnp
-
-from kernels_pallas._paged.layout import LANES, pad_to_lanes, why_not_pages
+from kernels_pallas._paged.layout import LANES, pad_to_lanes, why_not_gpu, why_not_pages
 
 MAX_GPU_WIDTH = 576
 """Columns of a query of which 64, and twice 64 context tokens, are in a thread block's shared memory."""
@@ -48,14 +46,8 @@ def why_not_pallas_gpu(q, cache, value_width: int) -> str | None:
     Returns:
         The reason in a few words.
     """
-    for name, array in (("queries", q), ("the cache", cache)):
-        if array.dtype != jnp.bfloat16:
-            return f"{name}: {array.dtype}, not bfloat16"
-    width, page_size = q.shape[3], cache.shape[1]
-    if width % 64 or value_width % 128 or cache.shape[2] % 8:
-        return f"rows of {width} columns, {value_width} of them values, are no multiples of 64 and 128"
-    if width > MAX_GPU_WIDTH:
+    if (width := q.shape[3]) > MAX_GPU_WIDTH:
         return f"rows of {width} columns: queries and context of {MAX_GPU_WIDTH} fill the shared memory"
-    if page_size not in (8, 16, 32) and page_size % 64:
-        return f"pages of {page_size} rows are not 8, 16, 32 or a multiple of 64"
-    return None
+    if value_width > width or cache.shape[2] % 8:
+        return f"rows of {cache.shape[2]} columns with queries of {width} and values of {value_width}"
+    return why_not_gpu(q, cache, value_width)

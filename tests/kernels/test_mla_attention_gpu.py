@@ -71,6 +71,11 @@ def test_trees_from_one_node_to_as_many_as_a_mask_can_name(requests, seed):
     check(make_case(lengths, 33, nodes=nodes, seed=seed), num_splits=2)
 
 
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_two_warpgroups_share_the_columns_of_a_value(num_splits):
+    check(make_case((100, 20), 3, nodes=(2, 3)), num_splits=num_splits, value_parts=2)
+
+
 def test_prompt_slices_see_their_own_beginnings():
     check(make_case((130, 20, 7), 20), num_splits=1)
 
@@ -119,7 +124,7 @@ def test_the_comparison_notices_what_is_wrong(wrong):
 
 
 def test_copies_and_warpgroups_do_not_race():
-    check(make_case((150, 3), 3, nodes=(0, 3)), interpret=FIND_RACES, num_splits=1)
+    check(make_case((100, 3), 3, nodes=(1, 3)), interpret=FIND_RACES, num_splits=1, value_parts=2)
     check(make_case((150, 3), 3), interpret=FIND_RACES, num_splits=2)
     assert not interpret_pallas_call.get_races().races_found
 
@@ -129,7 +134,7 @@ def test_copies_and_warpgroups_do_not_race():
     [
         ({"dtype": np.float32}, "float32, not bfloat16"),
         ({"page": 4}, "pages of 4 rows"),
-        ({"value_width": 64}, "64 of them values"),
+        ({"value_width": 96}, "values are 96 wide"),
     ],
 )
 def test_shapes_that_the_kernel_cannot_serve_are_refused_by_name(options, message):
