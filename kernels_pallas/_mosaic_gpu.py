@@ -26,10 +26,20 @@ def slabs(shape: tuple[int, ...]):
     )
 
 
-def count_registers(warpgroups: int) -> int:
-    """Registers per thread that these warpgroups may have beside one that copies: of 65,536, in eights."""
-    launched = min(65_536 // (128 * (warpgroups + 1)), 255) // 8 * 8
-    return min((launched * (warpgroups + 1) - COPY_REGISTERS) // warpgroups // 8 * 8, 232)
+def divide_registers(multiplying: int, is_copying: bool) -> None:
+    """Move registers from the warpgroup that copies to those that multiply; each calls this first.
+
+    Args:
+        multiplying: Warpgroups that multiply beside one that copies. One alone has as many as a thread can have.
+        is_copying: Whether the caller is the one that copies.
+    """
+    if multiplying > 1:
+        launched = 65_536 // (128 * (multiplying + 1)) // 8 * 8
+        left = (launched * (multiplying + 1) - COPY_REGISTERS) // multiplying // 8 * 8
+        if is_copying:
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        else:
+            plgpu.set_max_registers(left, action="increase")
 
 
 def with_layout(x: jax.Array, layout, interpret) -> jax.Array:

@@ -27,12 +27,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas._mosaic_gpu import (
     BY_ROW,
-    COPY_REGISTERS,
     LAYOUT,
     MULTIPROCESSORS,
     WGMMA_ROWS,
     accumulate,
-    count_registers,
+    divide_registers,
     multiply_transposed,
     slabs,
     with_layout,
@@ -199,7 +198,7 @@ def _kernel(*refs, kv_heads, value_start, value_width, value_parts, scale, num_s
 
     @pl.when(warpgroup == value_parts)
     def _copy():
-        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        divide_registers(value_parts, is_copying=True)
         plgpu.copy_gmem_to_smem(q.at[item, rows], queries, columns_filled)
         for column, target in zip(columns, column_buffers, strict=True):
             plgpu.copy_gmem_to_smem(column.at[tile, rows], target, columns_filled)
@@ -225,7 +224,7 @@ def _kernel(*refs, kv_heads, value_start, value_width, value_parts, scale, num_s
 
     @pl.when(warpgroup < value_parts)
     def _attend():
-        plgpu.set_max_registers(count_registers(value_parts), action="increase")
+        divide_registers(value_parts, is_copying=False)
         start = warpgroup * part_width if value_parts > 1 else 0
         part, value = pl.ds(start, part_width), pl.ds(value_start + start, part_width)
         plgpu.barrier_wait(columns_filled)

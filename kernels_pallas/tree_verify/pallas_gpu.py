@@ -20,12 +20,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas._mosaic_gpu import (
     BY_ROW,
-    COPY_REGISTERS,
     LAYOUT,
     MULTIPROCESSORS,
     SLAB,
     WGMMA_ROWS,
-    count_registers,
+    divide_registers,
     slabs,
     with_layout,
 )
@@ -135,7 +134,7 @@ def _kernel(*refs, warpgroups, stages, num_blocks, draw_columns, interpret):
 
     @pl.when(warpgroup == warpgroups)
     def _copy():
-        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        divide_registers(warpgroups, is_copying=True)
         for column, target in zip(columns, column_buffers, strict=True):
             plgpu.copy_gmem_to_smem(column.at[block_rows], target, columns_filled)
 
@@ -154,7 +153,7 @@ def _kernel(*refs, warpgroups, stages, num_blocks, draw_columns, interpret):
 
     @pl.when(warpgroup < warpgroups)
     def _draw():
-        plgpu.set_max_registers(count_registers(warpgroups), action="increase")
+        divide_registers(warpgroups, is_copying=False)
         rows = pl.ds(warpgroup * WGMMA_ROWS, WGMMA_ROWS)
         plgpu.barrier_wait(columns_filled)
         column = jax.lax.broadcasted_iota(jnp.int32, (WGMMA_ROWS, draw_columns), 1)

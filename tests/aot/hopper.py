@@ -48,11 +48,17 @@ class HopperProgram:
 
 
 @cache
-def device() -> jax.Device:
-    """Return an H200; skips the test where there is no CUDA plugin of jax's version."""
+def devices(count: int) -> np.ndarray:
+    """Return the H200s of a host; skips the test where there is no CUDA plugin of jax's version.
+
+    Args:
+        count: How many.
+    """
     pytest.importorskip("jax_plugins.xla_cuda13", reason="no CUDA plugin: docs/kernels.md says how to install it")
-    topology = topologies.get_topology_desc(platform="cuda", topology_name="H200", topology="1x1x1", target_config=H200)
-    return topology.devices[0]
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="H200", topology=f"1x{count}x1", target_config=H200
+    )
+    return np.array(topology.devices)
 
 
 @pytest.fixture
@@ -60,7 +66,7 @@ def compile_for_hopper(monkeypatch, capfd) -> Callable[..., HopperProgram]:
     """Compile a function with kernels of ours for given shapes of its arguments; None stays None."""
 
     def compile_for(function: Callable, *args: jax.ShapeDtypeStruct | None) -> HopperProgram:
-        mesh = Mesh(np.array([device()]), ("x",))
+        mesh = Mesh(devices(1), ("x",))
         placed = [
             arg and jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
             for arg in args

@@ -2,12 +2,15 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.tree_verify import pallas_gpu, tree_verify
 from kernels_pallas.tree_verify.arg_specs import ARG_SPECS, KIMI_K2, MOONLIGHT, ArgSpec
-from tests.aot.hopper import compile_for_hopper
+from tests.aot.hopper import compile_for_hopper, devices
 
 __all__ = ["compile_for_hopper"]
 pytestmark = pytest.mark.aot
@@ -37,6 +40,23 @@ def test_the_compiler_notices_more_shared_memory_than_there_is(compile_for_hoppe
     monkeypatch.setattr(pallas_gpu, "SMEM_BYTES", 240 << 10)
     with pytest.raises(Exception, match=r"(?i)smem|shared memory"):
         compile_for_hopper(partial(tree_verify, implementation="pallas_gpu"), *SPECS["16 rows"].args())
+
+
+def test_eight_gpus_share_a_vocabulary_with_one_all_reduce():
+    mesh = Mesh(devices(8), ("vocab",))
+    draw = partial(tree_verify, axis_name="vocab", implementation="pallas_gpu")
+    in_specs = (P(), P(None, "vocab"), P(), P(), P())
+    hidden, head, *keyed = MOONLIGHT["moonlight tp8"].args()
+    shapes = (hidden, jax.ShapeDtypeStruct((head.shape[0], 8 * head.shape[1]), head.dtype), *keyed)
+    args = [
+        jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=NamedSharding(mesh, sharding))
+        for arg, sharding in zip(shapes, in_specs, strict=True)
+    ]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        run = jax.shard_map(draw, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False)
+        text = jax.jit(run).lower(*args).compile().as_text()
+    assert text.count('custom_call_target="mosaic_gpu_v2"') == 1
+    assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1
 
 
 def test_the_smallest_shape_compiles(compile_for_hopper):
