@@ -1,4 +1,4 @@
-"""Mosaic GPU's interpreter, made fast enough for tests.
+"""Mosaic GPU's interpreter, made fast enough for tests; on a GPU there is none, and the same tests run the kernels.
 
 It runs warpgroups as threads, with barriers and copies, in memory that is NaN until written. It knows no registers, and
 wgmma ends at once there. As it comes it compiles the kernel again for every thread of every thread block.
@@ -14,8 +14,9 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from tests.quick import quick_jit
 
-INTERPRET = InterpretGPUParams(out_of_bounds_reads="uninitialized")
-"""What a copy reads beyond an array is zero on a GPU, and NaN here."""
+HAS_GPU = jax.default_backend() == "gpu"
+INTERPRET = None if HAS_GPU else InterpretGPUParams(out_of_bounds_reads="uninitialized")
+"""What a copy reads beyond an array is zero on a GPU, and NaN in the interpreter."""
 FIND_RACES = InterpretGPUParams(out_of_bounds_reads="uninitialized", detect_races=True)
 _compiling = threading.Lock()
 

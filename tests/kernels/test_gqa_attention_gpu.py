@@ -5,7 +5,6 @@ The kernel is that of `mla_attention`; what is new are several KV heads in a row
 
 from functools import cache
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from kernels_pallas._paged.mask import MASK_BITS
 from kernels_pallas.gqa_attention import gqa_attention
 from kernels_pallas.gqa_attention.pallas_gpu import gqa_attention_pallas_gpu
 from tests.kernels import test_gqa_attention_tpu as tpu
-from tests.kernels.gpu_interpreter import INTERPRET
+from tests.kernels.gpu_interpreter import HAS_GPU, INTERPRET
 from tests.quick import quick_jit
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE, PAGES, SCALE = 6, 2, 64, 16, 10, 0.15
@@ -74,7 +73,7 @@ def test_trees_from_one_node_to_as_many_as_a_mask_can_name(requests, seed):
     check(make_case(lengths, 33, nodes=nodes, seed=seed), num_splits=1)
 
 
-@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("head_dim", [128, pytest.param(256, marks=pytest.mark.slow)])
 def test_wider_heads(head_dim):
     check(make_case((100, 7), 2, head_dim=head_dim), num_splits=1)
 
@@ -113,7 +112,7 @@ def test_shapes_that_the_kernel_cannot_serve_are_refused_by_name(options, messag
         gqa_attention(*case, scale=SCALE, implementation="pallas_gpu")
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs there")
+@pytest.mark.skipif(HAS_GPU, reason="runs there")
 def test_the_named_kernel_does_not_become_another_where_there_is_no_gpu():
     case = map(jnp.asarray, make_case((9, 3), 1))
     with pytest.raises(Exception, match=r"(?i)gpu|interpret|platform"):

@@ -2,7 +2,6 @@
 
 from functools import cache
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # Where 
 from kernels_pallas.mla_attention import MASK_BITS, mla_attention
 from kernels_pallas.mla_attention.pallas_gpu import mla_attention_pallas_gpu
 from tests.kernels import test_mla_attention_tpu as tpu
-from tests.kernels.gpu_interpreter import FIND_RACES, INTERPRET
+from tests.kernels.gpu_interpreter import FIND_RACES, HAS_GPU, INTERPRET
 from tests.quick import quick_jit
 
 HEADS, WIDTH, VALUE, PAGE, PAGES, SCALE = 4, 192, 128, 16, 10, 0.1
@@ -54,7 +53,7 @@ def check(case, interpret=INTERPRET, **options):
 LENGTHS = st.sampled_from([0, 1, PAGE - 1, PAGE, 63, 64, 65, 4 * PAGE + 1, CONTEXT - 1, CONTEXT])
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.lists(LENGTHS, min_size=3, max_size=3), st.sampled_from([1, 3]), st.integers(0, 9))
 def test_ragged_contexts(lengths, num_splits, seed):
     check(make_case(lengths, 2, seed=seed), num_splits=num_splits)
@@ -80,7 +79,10 @@ def test_prompt_slices_see_their_own_beginnings():
     check(make_case((130, 20, 7), 20), num_splits=1)
 
 
-@pytest.mark.parametrize("page", [8, 32, 64])
+SLOW_PAGES = [pytest.param(page, marks=pytest.mark.slow) for page in (8, 32)]
+
+
+@pytest.mark.parametrize("page", [*SLOW_PAGES, 64])
 def test_pages_that_are_a_part_of_a_block_or_all_of_it(page):
     """Contexts end within a page; 160 tokens are no multiple of 64, so that pages of 64 have a last block in use."""
     case = tpu.make_case((70, 1, 128), 1, dtype=jnp.bfloat16, shape=(HEADS, WIDTH, WIDTH, page, 192 // page))
@@ -123,6 +125,8 @@ def test_the_comparison_notices_what_is_wrong(wrong):
     assert np.abs(np.asarray(got, np.float32) - reference(case)).max() > 0.1
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(HAS_GPU, reason="seen in the interpreter only")
 def test_copies_and_warpgroups_do_not_race():
     check(make_case((100, 3), 3, nodes=(1, 3)), interpret=FIND_RACES, num_splits=1, value_parts=2)
     check(make_case((150, 3), 3), interpret=FIND_RACES, num_splits=2)
@@ -144,7 +148,7 @@ def test_shapes_that_the_kernel_cannot_serve_are_refused_by_name(options, messag
         mla_attention(*case, value_width=value_width, scale=SCALE, implementation="pallas_gpu")
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs there")
+@pytest.mark.skipif(HAS_GPU, reason="runs there")
 def test_the_named_kernel_does_not_become_another_where_there_is_no_gpu():
     case = map(jnp.asarray, make_case((9, 3), 1))
     with pytest.raises(Exception, match=r"(?i)gpu|interpret|platform"):

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from kernels_pallas.tree_verify import tree_verify
 from kernels_pallas.tree_verify.arg_specs import TINY
 from kernels_pallas.tree_verify.pallas_gpu import tree_verify_pallas_gpu
 from kernels_pallas.tree_verify.partials import Partials, combine, finish
-from tests.kernels.gpu_interpreter import FIND_RACES, INTERPRET
+from tests.kernels.gpu_interpreter import FIND_RACES, HAS_GPU, INTERPRET
 from tests.kernels.test_tree_verify import draw, engine_draw, make_case, make_rows
 from tests.quick import quick_jit
 
@@ -105,7 +104,7 @@ def test_infinite_logits_and_nans_as_in_the_engine():
         assert_equals_engine(logits, *make_rows(rng, 1))
 
 
-@pytest.mark.parametrize("rows", [200, 300])
+@pytest.mark.parametrize("rows", [pytest.param(200, marks=pytest.mark.slow), 300])
 def test_four_warpgroups_and_two_blocks_of_rows(rows):
     rng = np.random.default_rng(4)
     assert_equals_engine(2 * rng.standard_normal((rows, 264)), *make_rows(rng, rows))
@@ -140,6 +139,8 @@ def test_the_comparison_notices_other_noise(wrong):
     assert np.mean(np.asarray(got) == np.asarray(expected.token_ids)) < 0.9
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(HAS_GPU, reason="seen in the interpreter only")
 def test_copies_and_warpgroups_do_not_race():
     rng = np.random.default_rng(6)
     assert_equals_engine(2 * rng.standard_normal((70, 400)), *make_rows(rng, 70), interpret=FIND_RACES)
@@ -160,7 +161,7 @@ def test_shapes_that_the_kernel_cannot_serve_are_refused_by_name(width, vocab, d
         tree_verify(jnp.ones((2, width), dtype), jnp.ones((width, vocab), dtype), *keyed, implementation="pallas_gpu")
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs there")
+@pytest.mark.skipif(HAS_GPU, reason="runs there")
 def test_the_named_kernel_does_not_become_another_where_there_is_no_gpu():
     case = map(jnp.asarray, make_case(TINY["bfloat16"]))
     with pytest.raises(Exception, match=r"(?i)gpu|interpret|platform"):
