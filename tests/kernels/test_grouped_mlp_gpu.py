@@ -111,5 +111,5 @@ def test_a_gradient_is_refused_by_name():
 
 @pytest.mark.skipif(HAS_GPU, reason="runs there")
 def test_the_named_kernel_does_not_become_another_where_there_is_no_gpu():
-    with pytest.raises(Exception, match=r"(?i)gpu|interpret|platform"):
+    with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
         grouped_mlp(*make_bfloat16_case(4), implementation="pallas_gpu")

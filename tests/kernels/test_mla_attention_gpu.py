@@ -151,5 +151,5 @@ def test_shapes_that_the_kernel_cannot_serve_are_refused_by_name(options, messag
 @pytest.mark.skipif(HAS_GPU, reason="runs there")
 def test_the_named_kernel_does_not_become_another_where_there_is_no_gpu():
     case = map(jnp.asarray, make_case((9, 3), 1))
-    with pytest.raises(Exception, match=r"(?i)gpu|interpret|platform"):
+    with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
         mla_attention(*case, value_width=VALUE, scale=SCALE, implementation="pallas_gpu")

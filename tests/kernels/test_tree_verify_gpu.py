@@ -164,5 +164,5 @@ def test_shapes_that_the_kernel_cannot_serve_are_refused_by_name(width, vocab, d
 @pytest.mark.skipif(HAS_GPU, reason="runs there")
 def test_the_named_kernel_does_not_become_another_where_there_is_no_gpu():
     case = map(jnp.asarray, make_case(TINY["bfloat16"]))
-    with pytest.raises(Exception, match=r"(?i)gpu|interpret|platform"):
+    with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
         tree_verify(*case, implementation="pallas_gpu")
