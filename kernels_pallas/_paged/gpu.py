@@ -12,7 +12,7 @@ has half of the value's columns, since the sums of 64 x 512 do not fit into one'
 registers into the second product and nothing is exchanged; at 576 and 512 columns that makes 1.53 times the products of
 a kernel that shares the scores.
 
-Shared memory at 576 columns: 72 KB of queries, twice 72 KB of context; 217 of a thread block's 227 KB.
+Shared memory at 576 columns: 72 KB of queries and twice 72 KB of context.
 
 The cache must be finite: weights of slots that nobody sees are 0. Of a context's last block only pages in use are read.
 """
@@ -40,8 +40,8 @@ from kernels_pallas._paged.mask import MASK_BITS
 
 BLOCK_TOKENS = 64
 """Context tokens that are fetched and computed on together."""
-SMEM_BYTES = 224 << 10
-"""Shared memory for queries and context; a thread block of a Hopper chip has 227 KB in all."""
+SMEM_BYTES = 216 << 10
+"""Shared memory for queries and context; a thread block of a Hopper chip has 227 KB in all, and 5 go to the rest."""
 MAX_STAGES = 4
 MAX_PART = 256
 """Columns of a value whose sums, 128 registers of a thread, a warpgroup can hold."""

@@ -48,7 +48,8 @@ def why_not_gpu(q, cache, value_width: int) -> str | None:
         return f"pages of {cache.shape[1]} rows are not 8, 16, 32 or a multiple of 64"
     # From 256 columns on two warpgroups share a value.
     of_values = 64 if value_width <= 256 else 128
-    for name, width, of in (("keys", q.shape[-1], 64), ("values", value_width, of_values)):
+    widths = ("keys", q.shape[-1], 64), ("values", value_width, of_values), ("cache rows", cache.shape[2], 64)
+    for name, width, of in widths:
         if width % of:
             return f"{name} are {width} wide, no multiple of {of}"
     return None

@@ -48,6 +48,4 @@ def why_not_pallas_gpu(q, cache, value_width: int) -> str | None:
     """
     if (width := q.shape[3]) > MAX_GPU_WIDTH:
         return f"rows of {width} columns: queries and context of {MAX_GPU_WIDTH} fill the shared memory"
-    if value_width > width or cache.shape[2] % 8:
-        return f"rows of {cache.shape[2]} columns with queries of {width} and values of {value_width}"
     return why_not_gpu(q, cache, value_width)

@@ -16,9 +16,7 @@ def why_not_pallas_gpu(hidden, head) -> str | None:
     for name, array in (("hidden states", hidden), ("LM head", head)):
         if array.dtype != jnp.bfloat16:
             return f"{name}: {array.dtype}, not bfloat16"
-    width, vocab = head.shape
-    if width % 64:
-        return f"a width of {width} is no multiple of 64"
-    if vocab % 8:
-        return f"rows of {vocab} columns are no multiple of 16 bytes"
+    for name, size in zip(("width", "vocabulary"), head.shape, strict=True):
+        if size % 64:
+            return f"a {name} of {size} is no multiple of 64"
     return None

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 import pytest
 
 from kernels_pallas._mosaic_gpu import MULTIPROCESSORS
@@ -33,3 +34,12 @@ def test_compiles_to_hopper_code_that_spills_nothing_and_copies_no_cache(name, c
     # Queries and results in blocks of 64 rows, KV heads before tokens; results of each part in float32; limits, masks.
     parts = splits * blocks * 64 * (head_dim + 1) * 4 if splits > 1 else 0
     assert temporaries <= 2 * blocks * 64 * (head_dim * 2 + 8) + parts + 2**20
+
+
+@pytest.mark.parametrize("head_dim", [64, 192, 256])
+def test_other_heads_that_are_not_refused_compile(head_dim, compile_for_hopper):
+    q, cache, *others = SPECS["qwen2_72b-verify-tp8"].args
+    q = jax.ShapeDtypeStruct((*q.shape[:3], head_dim), q.dtype)
+    cache = jax.ShapeDtypeStruct((*cache.shape[:2], 2 * head_dim), cache.dtype)
+    attend = partial(gqa_attention, scale=0.1, implementation="pallas_gpu")
+    assert compile_for_hopper(attend, q, cache, *others).spill_bytes == 0

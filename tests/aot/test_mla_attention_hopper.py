@@ -47,3 +47,12 @@ def test_compiles_to_hopper_code_that_spills_nothing_and_copies_no_cache(name, c
 @pytest.mark.parametrize("page_size", [8, 16, 128])
 def test_other_pages_compile_without_spilling(page_size, compile_for_hopper):
     assert compile_spec(compile_for_hopper, SPECS["moonlight-verify-tp1"], page_size).spill_bytes == 0
+
+
+@pytest.mark.parametrize(("width", "value_width", "row_width"), [(192, 128, 192), (448, 384, 448), (576, 512, 640)])
+def test_other_widths_that_are_not_refused_compile(width, value_width, row_width, compile_for_hopper):
+    q, cache, *others = SPECS["moonlight-verify-tp1"].args
+    q = jax.ShapeDtypeStruct((*q.shape[:3], width), q.dtype)
+    cache = jax.ShapeDtypeStruct((*cache.shape[:2], row_width), cache.dtype)
+    attend = partial(mla_attention, value_width=value_width, scale=0.1, implementation="pallas_gpu")
+    assert compile_for_hopper(attend, q, cache, *others).spill_bytes == 0
