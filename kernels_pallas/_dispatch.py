@@ -12,6 +12,9 @@ F = TypeVar("F", bound=Callable)
 PREFERRED = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 """What serves a platform where it exists; elsewhere, and without it, the first implementation does."""
 
+UNMEASURED = {"pallas_gpu"}
+"""What serves only by name, until it has run on its platform and been faster than the first implementation."""
+
 
 class Choice(NamedTuple):
     """The implementation that serves a call for which none was named.
@@ -43,6 +46,8 @@ def choose(implementations: Mapping[str, F], platform: str, refusals: Mapping[st
         return Choice(first, f"best on {platform}")
     if own not in implementations:
         return Choice(first, f"there is no {own} yet")
+    if own in UNMEASURED:
+        return Choice(first, f"{own} must be named: it has never run on a {platform}")
     if refusals and (refusal := refusals.get(own)):
         return Choice(first, f"{own} cannot serve this call: {refusal}", is_fallback=True)
     return Choice(own, f"best on {platform}")

@@ -1,4 +1,4 @@
-"""How a paged cache must lie for the TPU kernel."""
+"""How a paged cache must lie for the TPU and GPU kernels."""
 
 import jax.numpy as jnp
 
@@ -27,4 +27,29 @@ def why_not_pages(q, cache) -> str | None:
         return f"pages of {cache.shape[1]} {cache.dtype} rows are no multiple of {sublanes}"
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"queries are {q.dtype}, not float32 or bfloat16"
+    return None
+
+
+def why_not_gpu(q, cache, value_width: int) -> str | None:
+    """Say why the GPU kernel cannot serve these types, pages or widths, or None if it can.
+
+    Args:
+        q: Queries [..., key width], or their ShapeDtypeStruct.
+        cache: Pages [pages, S, Wc], or their ShapeDtypeStruct.
+        value_width: Columns of a value.
+
+    Returns:
+        The reason in a few words.
+    """
+    for name, array in (("queries", q), ("the cache", cache)):
+        if array.dtype != jnp.bfloat16:
+            return f"{name}: {array.dtype}, not bfloat16"
+    if cache.shape[1] not in (8, 16, 32) and cache.shape[1] % 64:
+        return f"pages of {cache.shape[1]} rows are not 8, 16, 32 or a multiple of 64"
+    # From 256 columns on two warpgroups share a value.
+    of_values = 64 if value_width <= 256 else 128
+    widths = ("keys", q.shape[-1], 64), ("values", value_width, of_values), ("cache rows", cache.shape[2], 64)
+    for name, width, of in widths:
+        if width % of:
+            return f"{name} are {width} wide, no multiple of {of}"
     return None

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Int, UInt32
 
 from kernels_pallas._dispatch import select
-from kernels_pallas.gqa_attention.layout import count_kv_heads, why_not_pallas_tpu
+from kernels_pallas.gqa_attention.layout import count_kv_heads, why_not_pallas_gpu, why_not_pallas_tpu
 from kernels_pallas.gqa_attention.reference import gqa_attention_reference
 from kernels_pallas.gqa_attention.xla import gqa_attention_xla
 
@@ -15,7 +15,19 @@ def _pallas_tpu(*args, **options):
     return gqa_attention_pallas_tpu(*args, **options)
 
 
-IMPLEMENTATIONS = {"xla": gqa_attention_xla, "reference": gqa_attention_reference, "pallas_tpu": _pallas_tpu}
+def _pallas_gpu(*args, **options):
+    """Import Mosaic GPU where it is used."""
+    from kernels_pallas.gqa_attention.pallas_gpu import gqa_attention_pallas_gpu
+
+    return gqa_attention_pallas_gpu(*args, **options)
+
+
+IMPLEMENTATIONS = {
+    "xla": gqa_attention_xla,
+    "reference": gqa_attention_reference,
+    "pallas_tpu": _pallas_tpu,
+    "pallas_gpu": _pallas_gpu,
+}
 
 
 def gqa_attention(
@@ -54,5 +66,6 @@ def gqa_attention(
             name, or if the one that was named cannot serve these shapes.
     """
     count_kv_heads(q, cache)
-    function = select("gqa_attention", IMPLEMENTATIONS, implementation, {"pallas_tpu": why_not_pallas_tpu(q, cache)})
+    refusals = {"pallas_tpu": why_not_pallas_tpu(q, cache), "pallas_gpu": why_not_pallas_gpu(q, cache)}
+    function = select("gqa_attention", IMPLEMENTATIONS, implementation, refusals)
     return function(q, cache, block_tables, limits, tree_start, tree_mask, scale=scale)

@@ -16,7 +16,10 @@ Why this one:
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas._paged.layout import LANES, why_not_pages
+from kernels_pallas._paged.layout import LANES, why_not_gpu, why_not_pages
+
+MAX_GPU_HEAD_DIM = 256
+"""Of which queries and two buffers of keys and values are 160 KB of a thread block's shared memory."""
 
 
 def join_kv(keys: Float[Array, "T G D"], values: Float[Array, "T G D"]) -> Float[Array, "T Wc"]:
@@ -67,3 +70,10 @@ def why_not_pallas_tpu(q, cache) -> str | None:
     if 2 * q.shape[3] % LANES:
         return f"a KV head's key and value are {2 * q.shape[3]} wide, no multiple of {LANES}"
     return why_not_pages(q, cache)
+
+
+def why_not_pallas_gpu(q, cache) -> str | None:
+    """Say why the GPU kernel cannot serve these shapes, or None if it can; arguments as in `why_not_pallas_tpu`."""
+    if q.shape[3] > MAX_GPU_HEAD_DIM:
+        return f"heads are {q.shape[3]} wide, more than {MAX_GPU_HEAD_DIM}"
+    return why_not_gpu(q, cache, q.shape[3])

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Float32, Int
 
 from kernels_pallas._dispatch import select
-from kernels_pallas.grouped_matmul.layout import why_not_pallas_tpu
+from kernels_pallas.grouped_matmul.layout import why_not_pallas_gpu, why_not_pallas_tpu
 from kernels_pallas.grouped_matmul.reference import grouped_mlp_reference
 from kernels_pallas.grouped_matmul.xla import grouped_mlp_xla
 
@@ -15,7 +15,19 @@ def _pallas_tpu(*args, **options):
     return grouped_mlp_pallas_tpu(*args, **options)
 
 
-IMPLEMENTATIONS = {"xla": grouped_mlp_xla, "reference": grouped_mlp_reference, "pallas_tpu": _pallas_tpu}
+def _pallas_gpu(*args, **options):
+    """Import Mosaic GPU where it is used."""
+    from kernels_pallas.grouped_matmul.pallas_gpu import grouped_mlp_pallas_gpu
+
+    return grouped_mlp_pallas_gpu(*args, **options)
+
+
+IMPLEMENTATIONS = {
+    "xla": grouped_mlp_xla,
+    "reference": grouped_mlp_reference,
+    "pallas_tpu": _pallas_tpu,
+    "pallas_gpu": _pallas_gpu,
+}
 
 
 def grouped_mlp(
@@ -32,7 +44,7 @@ def grouped_mlp(
     """Sum over each token's experts of weight * down(silu(gate x) * up x).
 
     Exact: no expert has a capacity, no token is dropped. Differentiable in all but the ids if the weights are not
-    quantised; `pallas_tpu` has no gradient.
+    quantised; `pallas_tpu` and `pallas_gpu` have no gradient.
 
     Args:
         x: Tokens.
@@ -53,6 +65,9 @@ def grouped_mlp(
     """
     if (gate_up_scale is None) != (down_scale is None):
         raise ValueError("grouped_mlp: give the scales of both matrices or of neither")
-    refusal = why_not_pallas_tpu(x, gate_up, down, gate_up_scale)
-    function = select("grouped_mlp", IMPLEMENTATIONS, implementation, {"pallas_tpu": refusal})
+    refusals = {
+        "pallas_tpu": why_not_pallas_tpu(x, gate_up, down, gate_up_scale),
+        "pallas_gpu": why_not_pallas_gpu(x, gate_up, down, gate_up_scale),
+    }
+    function = select("grouped_mlp", IMPLEMENTATIONS, implementation, refusals)
     return function(x, expert_ids, expert_weights, gate_up, down, gate_up_scale, down_scale)

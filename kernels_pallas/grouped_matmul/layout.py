@@ -1,4 +1,4 @@
-"""What the TPU kernels can serve."""
+"""What the TPU and GPU kernels can serve."""
 
 import jax.numpy as jnp
 
@@ -25,6 +25,18 @@ def why_not_pallas_tpu(x, gate_up, down, gate_up_scale=None) -> str | None:
     for weights in (gate_up, down):
         if weights.dtype != expected:
             return f"experts are {weights.dtype}, not {jnp.dtype(expected)}"
+    return _why_not_widths(down)
+
+
+def why_not_pallas_gpu(x, gate_up, down, gate_up_scale=None) -> str | None:
+    """Say why the GPU kernels cannot serve these shapes, or None if they can; arguments as in `why_not_pallas_tpu`."""
+    for what, array in (("tokens", x), ("experts", gate_up), ("experts", down)):
+        if array.dtype != jnp.bfloat16:
+            return f"{what} are {array.dtype}, not bfloat16"
+    return _why_not_widths(down)
+
+
+def _why_not_widths(down) -> str | None:
     _, ffn, model = down.shape
     for width, what in ((model, "the model"), (ffn, "an expert")):
         if width % LANES:

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Int, UInt32
 
 from kernels_pallas._dispatch import select
-from kernels_pallas.mla_attention.layout import why_not_pallas_tpu
+from kernels_pallas.mla_attention.layout import why_not_pallas_gpu, why_not_pallas_tpu
 from kernels_pallas.mla_attention.reference import mla_attention_reference
 from kernels_pallas.mla_attention.xla import mla_attention_xla
 
@@ -15,7 +15,19 @@ def _pallas_tpu(*args, **options):
     return mla_attention_pallas_tpu(*args, **options)
 
 
-IMPLEMENTATIONS = {"xla": mla_attention_xla, "reference": mla_attention_reference, "pallas_tpu": _pallas_tpu}
+def _pallas_gpu(*args, **options):
+    """Import Mosaic GPU where it is used."""
+    from kernels_pallas.mla_attention.pallas_gpu import mla_attention_pallas_gpu
+
+    return mla_attention_pallas_gpu(*args, **options)
+
+
+IMPLEMENTATIONS = {
+    "xla": mla_attention_xla,
+    "reference": mla_attention_reference,
+    "pallas_tpu": _pallas_tpu,
+    "pallas_gpu": _pallas_gpu,
+}
 
 
 def mla_attention(
@@ -55,5 +67,9 @@ def mla_attention(
     Raises:
         ValueError: If there is no implementation of that name, or the one that was named cannot serve these shapes.
     """
-    function = select("mla_attention", IMPLEMENTATIONS, implementation, {"pallas_tpu": why_not_pallas_tpu(q, cache)})
+    refusals = {
+        "pallas_tpu": why_not_pallas_tpu(q, cache),
+        "pallas_gpu": why_not_pallas_gpu(q, cache, value_width),
+    }
+    function = select("mla_attention", IMPLEMENTATIONS, implementation, refusals)
     return function(q, cache, block_tables, limits, tree_start, tree_mask, value_width=value_width, scale=scale)

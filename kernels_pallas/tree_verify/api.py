@@ -4,13 +4,27 @@ import jax
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
 from kernels_pallas._dispatch import select
+from kernels_pallas.tree_verify.layout import why_not_pallas_gpu
 from kernels_pallas.tree_verify.pallas_tpu import tree_verify_pallas_tpu
 from kernels_pallas.tree_verify.partials import Draws, all_combine, finish
 from kernels_pallas.tree_verify.reference import tree_verify_reference
 from kernels_pallas.tree_verify.xla import tree_verify_xla
 
-IMPLEMENTATIONS = {"xla": tree_verify_xla, "pallas_tpu": tree_verify_pallas_tpu, "reference": tree_verify_reference}
-"""The TPU kernel has compiled and run in interpret mode, never on a TPU."""
+
+def _pallas_gpu(*args):
+    """Import Mosaic GPU where it is used."""
+    from kernels_pallas.tree_verify.pallas_gpu import tree_verify_pallas_gpu
+
+    return tree_verify_pallas_gpu(*args)
+
+
+IMPLEMENTATIONS = {
+    "xla": tree_verify_xla,
+    "pallas_tpu": tree_verify_pallas_tpu,
+    "pallas_gpu": _pallas_gpu,
+    "reference": tree_verify_reference,
+}
+"""The TPU and GPU kernels have compiled and run in interpret mode, never on a TPU or GPU."""
 
 
 def tree_verify(
@@ -46,9 +60,10 @@ def tree_verify(
         row that holds a NaN says the last token, with log-probability NaN.
 
     Raises:
-        ValueError: If there is no implementation of that name.
+        ValueError: If there is no implementation of that name, or the one that was named cannot serve these shapes.
     """
-    function = select("tree_verify", IMPLEMENTATIONS, implementation)
+    refusals = {"pallas_gpu": why_not_pallas_gpu(hidden, head)}
+    function = select("tree_verify", IMPLEMENTATIONS, implementation, refusals)
     vocab = head.shape[1]
     if axis_name is None:
         return finish(function(hidden, head, keys, positions, temperature, 0, vocab), vocab)

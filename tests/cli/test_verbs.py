@@ -156,7 +156,7 @@ def test_doctor_reports_versions_devices_and_the_kernel_implementations(capsys):
         for text in report["kernels"].values()
     )
     if jax.default_backend() == "cpu":
-        expected = "xla (best on cpu; can be named: reference, pallas_tpu)"
+        expected = "xla (best on cpu; can be named: reference, pallas_tpu, pallas_gpu)"
         assert report["kernels"]["mla_attention"] == report["kernels"]["gqa_attention"] == expected
     assert report["problems"] == []
     assert main(["doctor"]) == 0

@@ -35,6 +35,13 @@ def test_without_a_name_the_platform_chooses(platform, refusal, choice):
     assert choose(TABLE, platform, {"pallas_tpu": refusal}) == choice
 
 
+def test_a_kernel_that_never_ran_on_its_platform_serves_only_by_name():
+    table = TABLE | {"pallas_gpu": lambda: "pallas_gpu"}
+    choice = Choice("xla", "pallas_gpu must be named: it has never run on a gpu")
+    assert choose(table, "gpu") == choose(table, "gpu", {"pallas_gpu": "rows too wide"}) == choice
+    assert select("k", table, "pallas_gpu")() == "pallas_gpu"
+
+
 def test_falling_back_is_seen_once(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     _dispatch._warn_once.cache_clear()

@@ -221,7 +221,7 @@ mesh = jax.make_mesh((4,), ("vocab",), axis_types=(AxisType.Auto,))
 expected = tree_verify(*args)
 assert expected.token_ids[2] == 0 and expected.token_ids[3] == 1
 IMPLEMENTATIONS["pallas_tpu"] = interpreted
-for name in IMPLEMENTATIONS:
+for name in ("xla", "reference", "pallas_tpu"):
     sharded = jax.shard_map(
         lambda *a: tree_verify(*a, axis_name="vocab", implementation=name),
         mesh=mesh,
