@@ -2,7 +2,7 @@
 
 import functools
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,6 +109,17 @@ def bytes_of(array: np.ndarray) -> np.ndarray:
     if array.ndim > MAX_DIMS or not array.flags.c_contiguous:
         raise ValueError(f"KV blocks are C-contiguous with at most {MAX_DIMS} dimensions")
     return array.reshape(-1).view(np.uint8)
+
+
+def bytes_by_key(keys: Sequence[BlockKey], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The arrays' bytes.
+
+    Raises:
+        ValueError: If there is not one fitting array for each key.
+    """
+    if len(keys) != len(arrays):
+        raise ValueError(f"{len(keys)} keys, but {len(arrays)} arrays")
+    return [bytes_of(array) for array in arrays]
 
 
 def checksum_of(pieces: Iterable[np.ndarray]) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from seer_jax.core.errors import ConfigError, TransferError
 from seer_jax.kvpool.arena import Arena, slot_bytes
-from seer_jax.kvpool.blocks import BlockHeader, bytes_of, type_name
+from seer_jax.kvpool.blocks import BlockHeader, bytes_by_key, type_name
 from seer_jax.kvpool.index import Entry, Index
 from seer_jax.kvpool.keys import BlockKey
 from seer_jax.kvpool.pool import PoolStats, Status
@@ -87,14 +87,14 @@ class EmbeddedKVPool:
         self, keys: Sequence[BlockKey], buffers: Sequence[np.ndarray], *, priority: float = 0.0
     ) -> list[Status]:
         """See `KVPool`."""
-        flats = _check(keys, buffers)
+        flats = bytes_by_key(keys, buffers)
         if math.isnan(priority):
             raise ValueError("a priority is a number")
         return [self._put(key, buffer, flat, priority) for key, buffer, flat in zip(keys, buffers, flats, strict=True)]
 
     def get_blocks(self, keys: Sequence[BlockKey], outs: Sequence[np.ndarray]) -> list[Status]:
         """See `KVPool`."""
-        flats = _check(keys, outs)
+        flats = bytes_by_key(keys, outs)
         if not all(out.flags.writeable for out in outs):
             raise ValueError("a block cannot be read into a read-only array")
         return [self._get(key, out, flat) for key, out, flat in zip(keys, outs, flats, strict=True)]
@@ -331,14 +331,3 @@ class EmbeddedKVPool:
                     index.counts["num_corrupt"] += 1
                     index.remove(entry)
         return Status.HIT if is_sound else Status.CORRUPT
-
-
-def _check(keys: Sequence[BlockKey], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The arrays' bytes.
-
-    Raises:
-        ValueError: If there is not one fitting array for each key.
-    """
-    if len(keys) != len(arrays):
-        raise ValueError(f"{len(keys)} keys, but {len(arrays)} arrays")
-    return [bytes_of(array) for array in arrays]
