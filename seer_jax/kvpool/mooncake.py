@@ -259,24 +259,27 @@ class MooncakeKVPool:
         statuses, damaged = self._read_batch(lane, batch)
         if damaged:
             # A block that is dropped while it is read comes out wrong too, but not twice.
-            again, damaged = self._read_batch(lane, batch)
-            statuses = [new if old is Status.CORRUPT else old for old, new in zip(statuses, again, strict=True)]
-        if damaged:
-            self._heard(lane.call(self._store.batch_remove, [frame.name for frame in damaged], True))
+            suspects = [batch[index] for index in damaged]
+            again, still = self._read_batch(lane, suspects)
+            for index, status in zip(damaged, again, strict=True):
+                statuses[index] = status
+            if still:
+                names = [suspects[index].name for index in still]
+                self._heard(lane.call(self._store.batch_remove, names, True))
         return statuses
 
-    def _read_batch(self, lane: Lane, batch: list[Frame]) -> tuple[list[Status], list[Frame]]:
-        """Statuses, and the frames whose stored bytes are damaged."""
+    def _read_batch(self, lane: Lane, batch: list[Frame]) -> tuple[list[Status], list[int]]:
+        """Statuses, and the indices of those frames whose stored bytes are damaged."""
         memory = views(batch, lane.buffer)
         codes = self._heard(lane.call(self._store.batch_get_into, [frame.name for frame in batch], *_places(memory)))
         # A block that is too long for its frame is another array's.
         by_code = {INVALID_PARAMS: Status.CORRUPT, RPC_FAIL: Status.TIMEOUT}
         statuses, damaged = [], []
-        for frame, view, code in zip(batch, memory, codes, strict=True):
+        for index, (frame, view, code) in enumerate(zip(batch, memory, codes, strict=True)):
             status, is_sound = frame.read(view[:code]) if code >= 0 else (by_code.get(code, Status.MISS), True)
             statuses.append(status)
             if not is_sound:
-                damaged.append(frame)
+                damaged.append(index)
         return statuses, damaged
 
     def _probe_and_report(self) -> None:

@@ -35,11 +35,13 @@ def open_pool(master=None, namespace="test", segment_bytes=MIN_SEGMENT_BYTES, ti
 @needs_mooncake
 def test_what_it_evicts_is_a_miss_and_nothing_comes_out_wrong():
     pool = open_pool(buffer_bytes=2 << 20)
-    num_bytes = 256 << 10
-    assert set(put(pool, range(200), num_bytes)) <= {STORED, NO_SPACE}
-    statuses = get(pool, range(200), num_bytes)
-    assert set(statuses) == {HIT, MISS}
-    assert put(pool, range(200, 203), num_bytes) == [STORED] * 3 or NO_SPACE in put(pool, range(200, 203), num_bytes)
+    num_bytes, num_fit = 256 << 10, MIN_SEGMENT_BYTES // (256 << 10)
+    put_statuses = put(pool, range(4 * num_fit), num_bytes)
+    assert set(put_statuses) <= {STORED, NO_SPACE}
+    assert put_statuses.count(STORED) > num_fit
+    get_statuses = get(pool, range(4 * num_fit), num_bytes)
+    assert set(get_statuses) == {HIT, MISS}
+    assert get_statuses.count(HIT) < num_fit
     pool.close()
 
 
@@ -58,7 +60,7 @@ def test_a_master_that_does_not_answer_costs_one_deadline_and_is_found_again(fau
     assert get(pool, range(3)) == [TIMEOUT] * 3
     assert time.monotonic() - started < 1.0
     started = time.monotonic()
-    # More rounds than lanes, and into the time of probes.
+    # Long enough for probes, which fail.
     while time.monotonic() - started < 2.0:
         called = time.monotonic()
         assert get(pool, range(3)) == [MISS] * 3
@@ -129,31 +131,32 @@ import sys
 from tests.kvpool.blocks import get, put
 from seer_jax.kvpool import MooncakeKVPool
 pool = MooncakeKVPool(sys.argv[1], namespace="both", segment_bytes=16 << 20)
-print([status.value for status in put(pool, range(10, 13))], flush=True)
+print({status.value for status in put(pool, range(10, 50))}, flush=True)
 sys.stdin.readline()
-print([status.value for status in get(pool, range(3))], flush=True)
+print({status.value for status in get(pool, range(3))}, flush=True)
 sys.stdin.readline()
 """
 
 
 @needs_mooncake
 def test_two_processes_see_each_others_blocks_and_outlive_each_other():
-    master = Master("--client_ttl=2", "--allocation_strategy=local_first")
+    master = Master("--client_ttl=2")
     pool = open_pool(master, namespace="both", timeout_s=2.0)
     put(pool, range(3))
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, master.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert child.stdout.readline() == "['stored', 'stored', 'stored']\n"
-    assert get(pool, range(10, 13)) == [HIT] * 3
+    assert child.stdout.readline() == "{'stored'}\n"
+    assert get(pool, range(10, 50)) == [HIT] * 40
     child.stdin.write("\n")
     child.stdin.flush()
-    assert child.stdout.readline() == "['hit', 'hit', 'hit']\n"
+    assert child.stdout.readline() == "{'hit'}\n"
     child.kill()
     child.wait()
     started = time.monotonic()
-    assert HIT not in get(pool, range(10, 13)) or get(pool, range(10, 13)) != [HIT] * 3
-    assert time.monotonic() - started < 5.0
+    # Blocks go to the segments at random, so some were in the child's.
+    assert {HIT} != set(get(pool, range(10, 50))) <= {HIT, MISS, TIMEOUT}
+    assert time.monotonic() - started < 3.0
     deadline = time.monotonic() + 60
     while put(pool, [20]) != [STORED]:
         assert time.monotonic() < deadline
