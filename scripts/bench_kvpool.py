@@ -26,7 +26,6 @@ import xxhash
 from kvpool_replay import replay
 
 from seer_jax.kvpool import BlockKey, EmbeddedKVPool, KVPool, MooncakeKVPool, Status, block_key, fingerprint
-from seer_jax.kvpool.mooncake_client import connect
 
 BLOCK_BYTES = (64 << 10, 1 << 20, 16 << 20)
 TOTAL_BYTES = 128 << 20
@@ -97,16 +96,15 @@ def bench_embedded(args: argparse.Namespace) -> dict[str, list[dict[str, float]]
 
 def bench_mooncake(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """The pool, and beside it Mooncake's own calls on registered buffers without header, checksum or deadline."""
-    store = connect(args.mooncake, segment_bytes=0, hostname="127.0.0.1", timeout_s=5.0)
     pool = MooncakeKVPool(
         args.mooncake, namespace=f"bench-{os.getpid()}", segment_bytes=args.segment_mib << 20, timeout_s=10.0
     )
     rows = []
     for size in BLOCK_BYTES:
-        rows.append(bench_memory(pool, size, args.rounds, store))
+        # The pool's own client: another one in this process would reach what it lends over TCP.
+        rows.append(bench_memory(pool, size, args.rounds, pool._store))
         print(rows[-1], flush=True)
     pool.close()
-    store.close()
     return {"mooncake": rows}
 
 

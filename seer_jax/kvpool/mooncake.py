@@ -183,13 +183,18 @@ class MooncakeKVPool:
     def flip_bit(self, key: BlockKey, bit: int = 0) -> bool:
         """Damage a stored block, for tests and for chaos on purpose; False if it is not there."""
         name = self._name(key)
-        with self._lanes.take(self._timeout_s) as lane:
-            address = lane.buffer.ctypes.data
-            size = lane.call(self._store.get_into, name, address, len(lane.buffer))
-            if size < HEADER_BYTES:
-                return False
-            lane.buffer[HEADER_BYTES + bit // 8] ^= 1 << bit % 8
-            return lane.call(self._store.upsert_from, name, address, size) == 0
+        if not self._may_ask():
+            return False
+        try:
+            with self._lanes.take(self._timeout_s) as lane:
+                address = lane.buffer.ctypes.data
+                size = lane.call(self._store.get_into, name, address, len(lane.buffer))
+                if size < HEADER_BYTES:
+                    return False
+                lane.buffer[HEADER_BYTES + bit // 8] ^= 1 << bit % 8
+                return lane.call(self._store.upsert_from, name, address, size) == 0
+        except TimeoutError:
+            return False
 
     def _name(self, key: BlockKey) -> str:
         return f"{self._namespace}/{epoch_name(key.epoch)}/{key.digest.hex()}"

@@ -158,10 +158,10 @@ def test_two_processes_see_each_others_blocks_and_outlive_each_other():
     assert {HIT} != set(get(pool, range(10, 50))) <= {HIT, MISS, TIMEOUT}
     assert time.monotonic() - started < 3.0
     deadline = time.monotonic() + 60
-    while put(pool, [20]) != [STORED]:
+    while put(pool, [60]) != [STORED]:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert get(pool, [20]) == [HIT]
+    assert get(pool, [60]) == [HIT]
     pool.close()
     master.kill()
 
