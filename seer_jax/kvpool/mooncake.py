@@ -239,6 +239,7 @@ class MooncakeKVPool:
             return otherwise
 
     def _heard(self, codes: Any) -> Any:
+        """What the store answered; that it could not reach the master counts like a call that overran."""
         if codes == RPC_FAIL or (isinstance(codes, list) and RPC_FAIL in codes):
             self._breaker.trip()
         return codes
