@@ -52,6 +52,8 @@ class InstanceActor:
         params: Mapping[str, Any],
         config: RunConfig,
         place: int,
+        run_name: str,
+        is_replacement: bool,
         on_cpu: bool,
     ) -> InstanceInfo:
         """Build the engine and compile its programs.
@@ -64,6 +66,8 @@ class InstanceActor:
             params: Weights as host arrays.
             config: The run.
             place: Which of the run's instances it is, or takes the place of; from 0 on.
+            run_name: See `kvpool.factory.open_pool`.
+            is_replacement: Whether the run is under way.
             on_cpu: Compute on this instance's share of the cores instead of an accelerator.
 
         Returns:
@@ -85,7 +89,14 @@ class InstanceActor:
         if config.kvpool.backend == "ray":
             self._shared_pool = RayKVPool(ray.get_runtime_context().get_node_id())
         self._engine = build_engine(
-            config, model_config, params, instance_id=instance_id, place=place, kv_pool=self._shared_pool
+            config,
+            model_config,
+            params,
+            instance_id=instance_id,
+            place=place,
+            kv_pool=self._shared_pool,
+            run_name=run_name,
+            is_replacement=is_replacement,
         )
         self._peers: Mapping[int, Any] = {}
         self._inbox: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()

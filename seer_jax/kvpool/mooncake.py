@@ -60,7 +60,6 @@ class MooncakeKVPool:
         segment_bytes: int,
         buffer_bytes: int = 64 << 20,
         timeout_s: float = 2.0,
-        hostname: str = "127.0.0.1",
     ) -> None:
         """Connect, and lend memory.
 
@@ -71,14 +70,13 @@ class MooncakeKVPool:
             segment_bytes: Memory lent to the pool; 0 = only use what others lend.
             buffer_bytes: Size of each of the `NUM_LANES` buffers; a block that is larger, less its header, is refused.
             timeout_s: Longest that a batch, or the part of it that fills a buffer, waits.
-            hostname: By which other clients reach this one.
 
         Raises:
             ConfigError: If a value makes no sense, the package or its libraries are missing, or no master is there.
         """
         check_settings(namespace, segment_bytes, buffer_bytes, timeout_s)
         self._namespace, self._segment_bytes, self._timeout_s = namespace, segment_bytes, timeout_s
-        self._store = connect(master, segment_bytes=segment_bytes, hostname=hostname, timeout_s=timeout_s)
+        self._store = connect(master, segment_bytes=segment_bytes, timeout_s=timeout_s)
         self._lanes = Lanes(NUM_LANES, buffer_bytes)
         for buffer in self._lanes.buffers:
             if self._store.register_buffer(buffer.ctypes.data, buffer.nbytes):

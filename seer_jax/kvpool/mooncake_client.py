@@ -38,13 +38,14 @@ def check_settings(namespace: str, segment_bytes: int, buffer_bytes: int, timeou
         raise ConfigError("MooncakeKVPool.timeout_s", f"is {timeout_s}", "must be above 0")
 
 
-def connect(master: str, *, segment_bytes: int, hostname: str, timeout_s: float) -> Any:
+def connect(master: str, *, segment_bytes: int, timeout_s: float) -> Any:
     """Start a client over TCP with peer-to-peer metadata, without a local buffer of its own.
+
+    Other clients reach it by this machine's address towards the master.
 
     Args:
         master: `host:port` of `mooncake_master`.
         segment_bytes: Memory it lends to the store; 0 = none.
-        hostname: By which other clients reach it.
         timeout_s: Longest to wait for the master's port to open.
 
     Returns:
@@ -53,15 +54,20 @@ def connect(master: str, *, segment_bytes: int, hostname: str, timeout_s: float)
     Raises:
         ConfigError: If the package or its libraries are missing, or there is no master.
     """
-    store = _store_class()()
-    _reach(master, timeout_s)
-    code = store.setup(hostname, "P2PHANDSHAKE", segment_bytes, 0, "tcp", "", master)
+    store = load_store_class()()
+    address = _reach(master, timeout_s)
+    code = store.setup(address, "P2PHANDSHAKE", segment_bytes, 0, "tcp", "", master)
     if code:
         raise ConfigError("MooncakeKVPool.master", f"mooncake would not start with {master}, code {code}")
     return store
 
 
-def _store_class() -> Any:
+def load_store_class() -> Any:
+    """Import Mooncake; returns its `MooncakeDistributedStore`.
+
+    Raises:
+        ConfigError: If the package or its libraries are missing.
+    """
     try:
         return importlib.import_module("mooncake.store").MooncakeDistributedStore
     except ModuleNotFoundError as error:
@@ -72,13 +78,18 @@ def _store_class() -> Any:
         raise ConfigError("MooncakeKVPool", f"a system library of Mooncake is missing: {error}", hint) from error
 
 
-def _reach(master: str, timeout_s: float) -> None:
-    """Look whether somebody listens: Mooncake's setup would try for 90 s, all the time holding Python's lock."""
+def _reach(master: str, timeout_s: float) -> str:
+    """Look whether somebody listens: Mooncake's setup would try for 90 s, all the time holding Python's lock.
+
+    Returns:
+        This machine's address towards the master.
+    """
     host, _, port = master.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError("MooncakeKVPool.master", f"is {master!r}", "give host:port")
     try:
-        socket.create_connection((host, int(port)), timeout_s).close()
+        with socket.create_connection((host, int(port)), timeout_s) as connection:
+            return connection.getsockname()[0]
     except OSError as error:
         hint = "start one with scripts/start_mooncake.py"
         raise ConfigError("MooncakeKVPool.master", f"no mooncake_master at {master}: {error}", hint) from error

@@ -104,7 +104,7 @@ def test_a_pool_whose_master_is_dead_closes_in_time():
 @pytest.mark.parametrize("change", ["cut", "longer", "header", "other block", "nothing of ours"])
 def test_bytes_that_are_not_the_block_are_corrupt_and_thrown_out(change):
     pool = open_pool()
-    raw = connect(shared_master().address, segment_bytes=0, hostname="127.0.0.1", timeout_s=5.0)
+    raw = connect(shared_master().address, segment_bytes=0, timeout_s=5.0)
     put(pool, range(4))
     name, other = (pool._name(make_key(index)) for index in (2, 3))
     local = np.zeros(HEADER_BYTES + 8192, np.uint8)
