@@ -85,6 +85,7 @@ class InstanceActor:
         from seer_jax.distributed.draft_sync import DraftSync
         from seer_jax.engine.factory import build_engine
 
+        self._has_own_pool = config.kvpool.backend == "embedded"
         self._shared_pool: RayKVPool | None = None
         if config.kvpool.backend == "ray":
             self._shared_pool = RayKVPool(ray.get_runtime_context().get_node_id())
@@ -212,7 +213,7 @@ class InstanceActor:
                 moved = ray.get(peer.take_kv.remote(chunk.request_id), timeout=self._fetch_timeout_s)
         except RayError as error:
             logging.warning("Instance %s does not give KV: %s", chunk.kv.ref, error)
-        if moved is None and self._shared_pool is None:
+        if moved is None and self._has_own_pool:
             logging.warning("KV of %s is lost and will be computed again", chunk.request_id)
         self._inbox.put(partial(self._engine.submit, replace(chunk, kv=replace(chunk.kv, ref=moved))))
 

@@ -25,6 +25,12 @@ NEEDED = (pytest.mark.mooncake, pytest.mark.skipif(bool(REASON), reason=REASON))
 """Marks of a test that needs Mooncake."""
 
 
+def needs_mooncake(test):
+    for mark in NEEDED:
+        test = mark(test)
+    return test
+
+
 class Master:
     """A master at a port of its own, which can be killed and started again."""
 

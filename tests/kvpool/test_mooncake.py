@@ -15,16 +15,10 @@ from seer_jax.kvpool import MooncakeKVPool, Status
 from seer_jax.kvpool.blocks import HEADER_BYTES
 from seer_jax.kvpool.mooncake_client import MIN_SEGMENT_BYTES, connect, epoch_name, less_than
 from tests.kvpool.blocks import get, make_key, put
-from tests.kvpool.mooncake_master import NEEDED, Master, free_ports, shared_master
+from tests.kvpool.mooncake_master import Master, free_ports, needs_mooncake, shared_master
 
 HIT, MISS, STORED, CORRUPT = Status.HIT, Status.MISS, Status.STORED, Status.CORRUPT
 NO_SPACE, TIMEOUT = Status.NO_SPACE, Status.TIMEOUT
-
-
-def needs_mooncake(test):
-    for mark in NEEDED:
-        test = mark(test)
-    return test
 
 
 def open_pool(master=None, namespace="test", segment_bytes=MIN_SEGMENT_BYTES, timeout_s=5.0, **options):
