@@ -78,6 +78,7 @@ ABOVE_ZERO = (
 MAX_DRAFT_TOKENS = 32
 """Bits of a node's mask of ancestors: `kernels_pallas.mla_attention.MASK_BITS`, which this layer must not import."""
 MAX_DROP_SHARE = 0.5
+MAX_PORT = 65_535
 MIN_MOONCAKE_SEGMENT_MIB = 16
 """`kvpool.mooncake_client.MIN_SEGMENT_BYTES`, which this layer must not import."""
 RESERVED_PAGES = 1
@@ -152,7 +153,7 @@ def _check_ranges(config: RunConfig) -> None:
 
 def _check_mooncake(kvpool: KVPoolConfig) -> None:
     host, _, port = kvpool.mooncake_master.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) <= MAX_PORT:
         raise ConfigError("kvpool.mooncake_master", f"is {kvpool.mooncake_master!r}", "give host:port")
     if 0 < kvpool.mooncake_segment_mib < MIN_MOONCAKE_SEGMENT_MIB:
         problem = f"is {kvpool.mooncake_segment_mib}"

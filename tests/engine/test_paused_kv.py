@@ -197,6 +197,7 @@ def test_each_place_has_a_directory_which_a_replacement_takes_over(tmp_path):
         ({"dram_mib": -1}, {}, r"kvpool\.dram_mib"),
         ({"backend": "ray"}, {}, r"kvpool\.backend"),
         ({"mooncake_master": "localhost"}, {}, r"kvpool\.mooncake_master.*host:port"),
+        ({"mooncake_master": "localhost:65536"}, {}, r"kvpool\.mooncake_master.*host:port"),
         ({"mooncake_segment_mib": 15}, {}, r"kvpool\.mooncake_segment_mib.*16"),
         ({"mooncake_buffer_mib": 0}, {}, r"kvpool\.mooncake_buffer_mib"),
         ({"mooncake_timeout_s": 0.0}, {}, r"kvpool\.mooncake_timeout_s"),
