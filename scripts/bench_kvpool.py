@@ -1,14 +1,13 @@
-"""The embedded KV pool beside raw copies and raw files, migration beside re-prefill, and its evictions on a trace.
+"""KV pools beside raw copies and raw files, migration beside re-prefill, and the embedded one's evictions on a trace.
 
     python scripts/bench_kvpool.py --json
+    python scripts/bench_kvpool.py --json --mooncake 127.0.0.1:50051  # That of scripts/start_mooncake.py
 
 Pool and raw operation of the same size alternate in this process, so that ratios survive a noisy machine. Nothing is
 synced to the device: "disk" is the file system with its page cache, "cold" is after the cache of the files was dropped.
 """
 
 import argparse
-import gzip
-import heapq
 import json
 import os
 import platform
@@ -17,23 +16,22 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
+from kvpool_replay import replay
 
-from seer_jax.kvpool import BlockKey, EmbeddedKVPool, KVPool, Status, block_key, fingerprint
-from seer_jax.kvpool.eviction import Ranks, VictimQueue
+from seer_jax.kvpool import BlockKey, EmbeddedKVPool, KVPool, MooncakeKVPool, Status, block_key, fingerprint
 
 BLOCK_BYTES = (64 << 10, 1 << 20, 16 << 20)
 TOTAL_BYTES = 128 << 20
 BYTES_PER_TOKEN = {"moonlight": 31_104, "kimi_k2": 70_272}
 MOVED_TOKENS = (1024, 4096, 16_384, 32_768)
-CAPACITIES = (1000, 3000, 10_000, 30_000, 100_000)
 TRACE = Path("../shared/data/mooncake_conversation_trace.jsonl.gz")
 
 Timed = Callable[[int], object]
@@ -56,33 +54,32 @@ def main() -> None:
         "--prefill-tokens-per-s", type=float, default=10_000, help="assumed rate of re-prefill for the migration table"
     )
     parser.add_argument("--ray", action="store_true", help="an owner in another process too, a block per call")
+    parser.add_argument(
+        "--mooncake", metavar="HOST:PORT", help="measure Mooncake with this master, not the embedded pool"
+    )
+    parser.add_argument("--segment-mib", type=int, default=0, help="memory that this process lends to Mooncake")
     parser.add_argument("--json", action="store_true", help="last line is one JSON object")
     args = parser.parse_args()
-    directory = Path(tempfile.mkdtemp(prefix="kvpool-", dir=args.directory))
-    try:
-        tiers = {"dram": [], "disk": []}
-        for size in BLOCK_BYTES:
-            tiers["dram"].append(bench_memory(size, args.rounds, EmbeddedKVPool(TOTAL_BYTES)))
-            tiers["disk"].append(bench_disk(size, args.rounds, directory))
-            print(tiers["dram"][-1], tiers["disk"][-1], sep="\n", flush=True)
-        if args.ray:
-            tiers["ray"] = [bench_ray(size, args.rounds) for size in BLOCK_BYTES]
-            print(*tiers["ray"], sep="\n", flush=True)
-    finally:
-        shutil.rmtree(directory)
+    tiers = bench_mooncake(args) if args.mooncake else bench_embedded(args)
+    if args.ray:
+        tiers["ray"] = [bench_ray(size, args.rounds) for size in BLOCK_BYTES]
+        print(*tiers["ray"], sep="\n", flush=True)
     result = {
         "device": platform.processor() or platform.machine(),
         "num_cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],
-        "file_system": file_system(directory.parent),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "xxhash": xxhash.VERSION,
         "total_bytes": TOTAL_BYTES,
         "tiers": tiers,
         "migration": migration(tiers, args.prefill_tokens_per_s),
-        "replay": replay(args.trace) if args.trace.exists() else f"no trace at {args.trace}",
     }
+    if args.mooncake:
+        result |= {"mooncake": version("mooncake-transfer-engine-non-cuda"), "segment_mib": args.segment_mib}
+    else:
+        result["file_system"] = file_system(args.directory or Path(tempfile.gettempdir()))
+        result["replay"] = replay(args.trace) if args.trace.exists() else f"no trace at {args.trace}"
     print(json.dumps(result, indent=None if args.json else 2))
 
 
@@ -97,34 +94,77 @@ def bench_ray(size: int, rounds: int) -> dict[str, float]:
     owner = ray.remote(PoolOwner).options(num_cpus=0, max_concurrency=MAX_CONCURRENCY)
     pool = RayKVPool("here")
     pool.connect({"here": owner.remote(partial(EmbeddedKVPool, TOTAL_BYTES))}, None)
-    row = bench_memory(size, rounds, pool)
+    row = bench_memory(pool, size, rounds)
+    pool.close()
     ray.shutdown()
     return row
 
 
-def bench_memory(size: int, rounds: int, pool: KVPool) -> dict[str, float]:
-    """Put and get without a disk, beside memcpy between buffers of the same sizes."""
+def bench_embedded(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Both tiers, by block size."""
+    directory = Path(tempfile.mkdtemp(prefix="kvpool-", dir=args.directory))
+    tiers: dict[str, list[dict[str, float]]] = {"dram": [], "disk": []}
+    try:
+        for size in BLOCK_BYTES:
+            pool = EmbeddedKVPool(TOTAL_BYTES)
+            tiers["dram"].append(bench_memory(pool, size, args.rounds))
+            pool.close()
+            tiers["disk"].append(bench_disk(size, args.rounds, directory))
+            print(tiers["dram"][-1], tiers["disk"][-1], sep="\n", flush=True)
+    finally:
+        shutil.rmtree(directory)
+    return tiers
+
+
+def bench_mooncake(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """The pool, and beside it Mooncake's own calls on registered buffers without header, checksum or deadline."""
+    pool = MooncakeKVPool(
+        args.mooncake, namespace=f"bench-{os.getpid()}", segment_bytes=args.segment_mib << 20, timeout_s=10.0
+    )
+    rows = []
+    for size in BLOCK_BYTES:
+        # The pool's own client: another one in this process would reach what it lends over TCP.
+        rows.append(bench_memory(pool, size, args.rounds, pool._store))
+        print(rows[-1], flush=True)
+    pool.close()
+    return {"mooncake": rows}
+
+
+def bench_memory(pool: KVPool, size: int, rounds: int, store: Any = None) -> dict[str, float]:
+    """Put and get beside memcpy between buffers of the same sizes, and beside a Mooncake client if there is one."""
     keys, sources = make_blocks(size)
     target = np.zeros((len(keys), size), np.uint8)
     out = np.zeros(size, np.uint8)
+    names = [f"raw-{os.getpid()}-{key.digest.hex()}" for key in keys]
+    operations: dict[str, Timed] = {
+        "put": lambda index: expect(pool.put_blocks([keys[index]], [sources[index % len(sources)]])),
+        "memcpy_in": lambda index: np.copyto(target[index], sources[index % len(sources)]),
+        "get": lambda index: expect(pool.get_blocks([keys[index]], [out])),
+        "memcpy_out": lambda index: np.copyto(out, target[index]),
+    }
+    pairs = [("put", "memcpy_in"), ("get", "memcpy_out")]
+    if store is not None:
+        pairs += [("put", "store_put"), ("get", "store_get")]
+        for buffer in (*sources, out):
+            store.register_buffer(buffer.ctypes.data, size)
+        operations |= {
+            "store_put": lambda index: expect_code(
+                store.put_from(names[index], sources[index % len(sources)].ctypes.data, size), 0
+            ),
+            "store_get": lambda index: expect_code(store.get_into(names[index], out.ctypes.data, size), size),
+        }
 
     def start_round() -> None:
         pool.drop(keys)
+        if store is not None:
+            store.batch_remove(names, True)
 
-    row = alternate(
-        {
-            "put": lambda index: expect(pool.put_blocks([keys[index]], [sources[index % len(sources)]])),
-            "memcpy_in": lambda index: np.copyto(target[index], sources[index % len(sources)]),
-            "get": lambda index: expect(pool.get_blocks([keys[index]], [out])),
-            "memcpy_out": lambda index: np.copyto(out, target[index]),
-        },
-        len(keys),
-        size,
-        rounds,
-        start_round,
-    )
-    pool.close()
-    return with_ratios(row, {"put": "memcpy_in", "get": "memcpy_out"})
+    row = alternate(operations, len(keys), size, rounds, start_round)
+    start_round()
+    if store is not None:
+        for buffer in (*sources, out):
+            store.unregister_buffer(buffer.ctypes.data)
+    return with_ratios(row, pairs)
 
 
 def bench_disk(size: int, rounds: int, directory: Path) -> dict[str, float]:
@@ -177,7 +217,7 @@ def bench_disk(size: int, rounds: int, directory: Path) -> dict[str, float]:
     os.close(raw)
     path.unlink()
     shutil.rmtree(files)
-    pairs = {"put": "file_write", "get": "file_read", "get_cold": "file_read_cold"}
+    pairs = [("put", "file_write"), ("get", "file_read"), ("get_cold", "file_read_cold")]
     return with_ratios(summarise(rows, size), pairs)
 
 
@@ -193,6 +233,12 @@ def expect(statuses: Sequence[Status]) -> None:
     """Stop the benchmark if a block was not stored or found."""
     if not {Status.HIT, Status.STORED}.issuperset(statuses):
         raise RuntimeError(f"the pool answered {statuses}")
+
+
+def expect_code(code: int, wanted: int) -> None:
+    """Stop the benchmark if Mooncake itself refuses."""
+    if code != wanted:
+        raise RuntimeError(f"Mooncake answered {code}")
 
 
 def write_all(fd: int, data: np.ndarray, offset: int) -> None:
@@ -240,9 +286,9 @@ def summarise(rows: list[dict[str, Timing]], size: int) -> dict[str, float]:
     return result
 
 
-def with_ratios(row: dict[str, float], pairs: dict[str, str]) -> dict[str, float]:
+def with_ratios(row: dict[str, float], pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Add the median ratio of each rate to its raw counterpart's of the same round; rates become medians."""
-    for name, raw in pairs.items():
+    for name, raw in pairs:
         ratios = [a / b for a, b in zip(row[f"{name}_gb_per_s"], row[f"{raw}_gb_per_s"], strict=True)]
         row[f"{name}_over_{raw}"] = statistics.median(ratios)
     return {
@@ -277,79 +323,6 @@ def migration(tiers: dict[str, list[dict[str, float]]], prefill_tokens_per_s: fl
         "break_even_prefill_tokens_per_s": break_even,
         "rows": rows,
     }
-
-
-def replay(path: Path) -> list[dict[str, float]]:
-    """Share of 512-token prompt blocks found, a prefix counting up to its first miss, by capacity in blocks."""
-    with gzip.open(path, "rt") as lines:
-        requests = [json.loads(line)["hash_ids"] for line in lines]
-    total = sum(map(len, requests))
-    rows = []
-    for capacity in CAPACITIES:
-        hits = {
-            "pool": replay_pool(requests, capacity),
-            "lru": replay_lru(requests, capacity),
-            "belady": replay_belady(requests, capacity),
-        }
-        rows.append({"capacity_blocks": capacity} | {name: round(count / total, 4) for name, count in hits.items()})
-        print(rows[-1], flush=True)
-    return rows
-
-
-def replay_pool(requests: list[list[int]], capacity: int) -> int:
-    """The pool's own eviction: read the prefix that is there, put the rest."""
-    ranks, num_hits = Ranks(), 0
-    queue = VictimQueue(ranks)
-    for request in requests:
-        blocks = [block.to_bytes(8) for block in request]
-        num_hits += count_prefix(blocks, ranks)
-        for block in blocks:
-            ranks.use(block)
-            queue.add(block)
-        while len(queue) > capacity:
-            ranks.forget(queue.pop())
-    return num_hits
-
-
-def replay_lru(requests: list[list[int]], capacity: int) -> int:
-    """Plain LRU."""
-    held: OrderedDict[int, None] = OrderedDict()
-    num_hits = 0
-    for request in requests:
-        num_hits += count_prefix(request, held)
-        for block in request:
-            held[block] = None
-            held.move_to_end(block)
-        while len(held) > capacity:
-            held.popitem(last=False)
-    return num_hits
-
-
-def replay_belady(requests: list[list[int]], capacity: int) -> int:
-    """The offline optimum: what is needed last, or never, goes first, of equals the deepest in its prefix."""
-    next_use: dict[int, int] = {}
-    uses: list[list[int]] = []
-    for index in range(len(requests) - 1, -1, -1):
-        uses.append([next_use.get(block, len(requests)) for block in requests[index]])
-        next_use |= dict.fromkeys(requests[index], index)
-    held: dict[int, int] = {}
-    heap: list[tuple[int, int, int]] = []
-    num_hits = 0
-    for request, nexts in zip(requests, reversed(uses), strict=True):
-        num_hits += count_prefix(request, held)
-        for depth, (block, use) in enumerate(zip(request, nexts, strict=True)):
-            held[block] = use
-            heapq.heappush(heap, (-use, -depth, block))
-        while len(held) > capacity:
-            use, _, block = heapq.heappop(heap)
-            if held.get(block) == -use:
-                del held[block]
-    return num_hits
-
-
-def count_prefix(blocks: Sequence, held) -> int:
-    """Blocks up to the first that is missing."""
-    return next((index for index, block in enumerate(blocks) if block not in held), len(blocks))
 
 
 def file_system(path: Path) -> str:

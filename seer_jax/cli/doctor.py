@@ -14,6 +14,8 @@ from typing import Any
 from seer_jax.cli.arguments import Switch, parse_options
 from seer_jax.config.presets import list_presets
 from seer_jax.config.schema import EngineConfig
+from seer_jax.core.errors import ConfigError
+from seer_jax.kvpool.mooncake_client import load_store_class
 from seer_jax.obs.metrics import to_json_line
 from seer_jax.obs.tables import print_summary
 
@@ -75,10 +77,19 @@ def examine() -> dict[str, Any]:
         "kvpool_backends": {
             "embedded": "memory and disk of each instance",
             "ray": "an owner per node, with --runtime ray" if find_spec("ray") else "ray is not installed",
+            "mooncake": _find_mooncake(),
         },
         "presets": list(list_presets()),
         "problems": problems + _check_ray() + _check_run_dir(),
     }
+
+
+def _find_mooncake() -> str:
+    try:
+        load_store_class()
+    except ConfigError as error:
+        return f"{error.message} ({error.hint})"
+    return "in a store that runs already (scripts/start_mooncake.py)"
 
 
 def _version(distribution: str) -> str:

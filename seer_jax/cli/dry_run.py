@@ -66,6 +66,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "prompt_tokens_max": task.max_prompt_tokens,
         "stop_token_ids": stop_token_ids(config, model),
         "kvpool_backend": config.kvpool.backend,
+        **({"mooncake_master": config.kvpool.mooncake_master} if config.kvpool.backend == "mooncake" else {}),
         "pages_per_instance": engine.num_pages,
         "kv_tokens_per_instance": (engine.num_pages - 1) * engine.page_size,
         "kv_bytes_per_token": kv_bytes_per_token,

@@ -21,7 +21,7 @@ from seer_jax.cli.options import RolloutOptions, TrainOptions
 from seer_jax.config.decode import iterate_settings
 from seer_jax.config.presets import load_config as load_settings
 from seer_jax.config.presets import resolve_preset_path
-from seer_jax.config.schema import RunConfig
+from seer_jax.config.schema import KVPoolConfig, RunConfig
 from seer_jax.core.commands import Command
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.errors import ConfigError
@@ -186,7 +186,8 @@ def profile(config: RunConfig) -> MeasuredStepTimes:
             if jax.default_backend() != "cpu":
                 os.sched_setaffinity(0, cores)
         _, model_config, params = _load(config)
-        unmeasured = replace(config, speculation=replace(config.speculation, budget="fixed"))
+        # A shared pool would be empty here, and need not be running.
+        unmeasured = replace(config, speculation=replace(config.speculation, budget="fixed"), kvpool=KVPoolConfig())
         engine = build_engine(unmeasured, model_config, params, instance_id=0)
         return measure_step_times(engine.programs(truncates=needs_truncation(config)), repeats=PROFILE_REPEATS)
     finally:

@@ -204,17 +204,26 @@ class TrainConfig:
 class KVPoolConfig:
     """Where the KV of paused requests goes."""
 
-    backend: Literal["embedded", "ray"] = "embedded"
+    backend: Literal["embedded", "ray", "mooncake"] = "embedded"
     """`embedded`: each instance has its own pool, used when others need the pages; it dies with the instance. `ray`: an
-    owner per node, which all share; KV goes there at the end of every chunk and outlives its instance."""
+    owner per node, which all share; KV goes there at the end of every chunk and outlives its instance. `mooncake`: the
+    same in a Mooncake store that runs already."""
     dram_mib: int = 4096
-    """Host memory of each pool or owner, in MiB."""
+    """Host memory of each embedded pool or owner, in MiB."""
     disk_mib: int = 0
     """Disk space of each beyond that, in MiB; 0 = none."""
     directory: str | None = None
     """Where its files go, best on a local SSD; an earlier run's are deleted."""
     move: Literal["cheaper", "always"] = "cheaper"
     """`cheaper`: KV in the pool is computed again instead where that is measured to be faster. `always`: never."""
+    mooncake_master: str = "127.0.0.1:50051"
+    """`host:port` of `mooncake_master` (`scripts/start_mooncake.py`)."""
+    mooncake_segment_mib: int = 0
+    """Memory that each instance lends to Mooncake, in MiB, at least 16; it goes with the instance. 0 = none."""
+    mooncake_buffer_mib: int = 64
+    """Size of the two buffers between each instance and Mooncake, in MiB; a block must fit into one."""
+    mooncake_timeout_s: float = 2.0
+    """Longest wait for Mooncake; then its KV is computed again, and it is left alone until it answers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import string
 from pathlib import Path
 
 from seer_jax.config.decode import iterate_settings
-from seer_jax.config.schema import RunConfig
+from seer_jax.config.schema import KVPoolConfig, RunConfig
 from seer_jax.core.errors import CapacityError, ConfigError
 
 AT_LEAST = {
@@ -38,6 +38,8 @@ AT_LEAST = {
     "speculation.memory_tokens": 0,
     "kvpool.dram_mib": 0,
     "kvpool.disk_mib": 0,
+    "kvpool.mooncake_segment_mib": 0,
+    "kvpool.mooncake_buffer_mib": 1,
     "chaos.kill_instance": 0,
     "chaos.kill_pool_owner": 0,
     "chaos.corrupt_block": 0,
@@ -62,6 +64,7 @@ AT_LEAST = {
 ABOVE_ZERO = (
     "sampling.top_p",
     "rollout.instance_timeout_s",
+    "kvpool.mooncake_timeout_s",
     "speculation.group_ttl_s",
     "speculation.sync_interval_s",
     "train.learning_rate",
@@ -76,6 +79,9 @@ ABOVE_ZERO = (
 MAX_DRAFT_TOKENS = 32
 """Bits of a node's mask of ancestors: `kernels_pallas.mla_attention.MASK_BITS`, which this layer must not import."""
 MAX_DROP_SHARE = 0.5
+MAX_PORT = 65_535
+MIN_MOONCAKE_SEGMENT_MIB = 16
+"""`kvpool.mooncake_client.MIN_SEGMENT_BYTES`, which this layer must not import."""
 RESERVED_PAGES = 1
 """Page 0 takes the writes of padding rows and is never handed out."""
 
@@ -123,6 +129,7 @@ def _check_ranges(config: RunConfig) -> None:
         raise ConfigError("chaos.drop_message", "there are no messages with --runtime local", "use --runtime ray")
     if config.kvpool.backend == "ray" and config.rollout.runtime == "local":
         raise ConfigError("kvpool.backend", "is 'ray', but --runtime local has no Ray", "use embedded or --runtime ray")
+    _check_mooncake(config.kvpool)
     if config.chaos.kill_pool_owner and config.kvpool.backend != "ray":
         problem = f"there are no owners with kvpool.backend={config.kvpool.backend}"
         raise ConfigError("chaos.kill_pool_owner", problem, "use --kvpool.backend ray")
@@ -150,6 +157,20 @@ def _check_ranges(config: RunConfig) -> None:
     if config.train.clip_low >= 1:
         problem = f"is {config.train.clip_low}, so the ratio is never clipped from below"
         raise ConfigError("train.clip_low", problem, "give a number in (0, 1)")
+
+
+def _check_mooncake(kvpool: KVPoolConfig) -> None:
+    host, _, port = kvpool.mooncake_master.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) <= MAX_PORT:
+        raise ConfigError("kvpool.mooncake_master", f"is {kvpool.mooncake_master!r}", "give host:port")
+    if 0 < kvpool.mooncake_segment_mib < MIN_MOONCAKE_SEGMENT_MIB:
+        problem = f"is {kvpool.mooncake_segment_mib}"
+        raise ConfigError(
+            "kvpool.mooncake_segment_mib", problem, f"give 0, or at least {MIN_MOONCAKE_SEGMENT_MIB}, Mooncake's least"
+        )
+    if kvpool.backend == "mooncake" and kvpool.disk_mib:
+        problem = f"is {kvpool.disk_mib}, but blocks in Mooncake are in memory that its clients lend"
+        raise ConfigError("kvpool.disk_mib", problem, "give 0, or another kvpool.backend")
 
 
 def _check_lengths(config: RunConfig) -> None:

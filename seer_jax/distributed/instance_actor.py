@@ -52,6 +52,8 @@ class InstanceActor:
         params: Mapping[str, Any],
         config: RunConfig,
         place: int,
+        run_name: str,
+        is_replacement: bool,
         on_cpu: bool,
     ) -> InstanceInfo:
         """Build the engine and compile its programs.
@@ -64,6 +66,8 @@ class InstanceActor:
             params: Weights as host arrays.
             config: The run.
             place: Which of the run's instances it is, or takes the place of; from 0 on.
+            run_name: See `kvpool.factory.open_pool`.
+            is_replacement: Whether the run is under way.
             on_cpu: Compute on this instance's share of the cores instead of an accelerator.
 
         Returns:
@@ -81,11 +85,19 @@ class InstanceActor:
         from seer_jax.distributed.draft_sync import DraftSync
         from seer_jax.engine.factory import build_engine
 
+        self._has_own_pool = config.kvpool.backend == "embedded"
         self._shared_pool: RayKVPool | None = None
         if config.kvpool.backend == "ray":
             self._shared_pool = RayKVPool(ray.get_runtime_context().get_node_id())
         self._engine = build_engine(
-            config, model_config, params, instance_id=instance_id, place=place, kv_pool=self._shared_pool
+            config,
+            model_config,
+            params,
+            instance_id=instance_id,
+            place=place,
+            kv_pool=self._shared_pool,
+            run_name=run_name,
+            is_replacement=is_replacement,
         )
         self._peers: Mapping[int, Any] = {}
         self._inbox: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
@@ -201,7 +213,7 @@ class InstanceActor:
                 moved = ray.get(peer.take_kv.remote(chunk.request_id), timeout=self._fetch_timeout_s)
         except RayError as error:
             logging.warning("Instance %s does not give KV: %s", chunk.kv.ref, error)
-        if moved is None and self._shared_pool is None:
+        if moved is None and self._has_own_pool:
             logging.warning("KV of %s is lost and will be computed again", chunk.request_id)
         self._inbox.put(partial(self._engine.submit, replace(chunk, kv=replace(chunk.kv, ref=moved))))
 

@@ -23,6 +23,7 @@ from seer_jax.distributed.mailbox import Outbox
 from seer_jax.distributed.pool_owners import PoolOwners
 from seer_jax.distributed.resources import actor_resources, check_resources, find_platform, min_instances
 from seer_jax.kvpool import PoolStats
+from seer_jax.kvpool.factory import new_run_name
 
 FLUSH_TIMEOUT_S = 30.0
 WEIGHTS_TIMEOUT_S = 600.0
@@ -80,6 +81,7 @@ class RayCluster:
         """
         self._config, self._model_config = config, model_config
         self._chaos = Chaos(config.chaos)
+        self._run_name = new_run_name()
         self._owns_ray = not ray.is_initialized()
         self._next_id = first_instance_id
         self._num_replaced = 0
@@ -232,7 +234,14 @@ class RayCluster:
         actor, instance_id = self._actor_class.remote(), self._next_id
         self._next_id += 1
         ref = actor.start.remote(
-            instance_id, self._model_config, self._weights, self._config, place, self._platform == "cpu"
+            instance_id,
+            self._model_config,
+            self._weights,
+            self._config,
+            place,
+            self._run_name,
+            self._num_replaced > 0,
+            self._platform == "cpu",
         )
         self._starting[ref] = Instance(instance_id, actor, place)
         return ref

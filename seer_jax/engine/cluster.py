@@ -156,7 +156,7 @@ class LocalCluster:
 
     def kill_pool_owner(self) -> None:
         """See `Cluster`."""
-        raise ProtocolError("every instance in this process has a KV pool of its own")
+        raise ProtocolError("a KV pool has no owner in this process")
 
     def pool_stats(self) -> PoolStats:
         """See `Cluster`."""

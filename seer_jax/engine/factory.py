@@ -10,7 +10,7 @@ from seer_jax.config.schema import RunConfig, num_mesh_devices
 from seer_jax.engine.cluster import LocalCluster
 from seer_jax.engine.engine import Engine
 from seer_jax.kvpool import KVPool
-from seer_jax.kvpool.factory import open_pool
+from seer_jax.kvpool.factory import new_run_name, open_pool
 from seer_jax.models.config import DecoderConfig
 from seer_jax.sharding import make_mesh
 
@@ -24,6 +24,8 @@ def build_engine(
     place: int = 0,
     first_device: int = 0,
     kv_pool: KVPool | None = None,
+    run_name: str | None = None,
+    is_replacement: bool = False,
 ) -> Engine:
     """Build an engine on this process's devices and compile its programs.
 
@@ -35,11 +37,15 @@ def build_engine(
         place: Which of the run's instances it is, or replaces; names its directory in the KV pool's.
         first_device: Index of the mesh's first device in this process.
         kv_pool: Its view of a pool that instances share; None = what `kvpool.backend` names.
+        run_name: See `open_pool`; None = nobody else's.
+        is_replacement: See `open_pool`.
 
     Raises:
-        ConfigError: If the mesh does not fit the devices or the model.
+        ConfigError: If the mesh does not fit the devices or the model, or the KV pool cannot be opened.
     """
     enable_compilation_cache(config.engine.compilation_cache_dir)
+    if kv_pool is None:
+        kv_pool = open_pool(config, f"instance-{place}", run_name or new_run_name(), is_replacement=is_replacement)
     engine = Engine(
         model_config,
         params,
@@ -47,7 +53,7 @@ def build_engine(
         speculation=config.speculation,
         instance_id=instance_id,
         mesh=make_mesh(config.sharding, jax.devices()[first_device:]),
-        kv_pool=open_pool(config, f"instance-{place}") if kv_pool is None else kv_pool,
+        kv_pool=kv_pool,
         always_moves_kv=config.kvpool.move == "always",
         chaos=config.chaos,
     )
@@ -68,10 +74,20 @@ def build_local_cluster(
     See `RayCluster` for the arguments.
     """
     size, num_devices = num_mesh_devices(config.sharding), len(jax.devices())
+    run_name, first_replacement = new_run_name(), first_instance_id + config.rollout.instances
 
     def build(place: int, instance_id: int, weights: Mapping[str, Any]) -> Engine:
         first = place * size if (place + 1) * size <= num_devices else 0
-        return build_engine(config, model_config, weights, instance_id=instance_id, place=place, first_device=first)
+        return build_engine(
+            config,
+            model_config,
+            weights,
+            instance_id=instance_id,
+            place=place,
+            first_device=first,
+            run_name=run_name,
+            is_replacement=instance_id >= first_replacement,
+        )
 
     engines = [build(place, first_instance_id + place, params) for place in range(config.rollout.instances)]
     return LocalCluster(

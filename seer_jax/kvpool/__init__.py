@@ -2,6 +2,17 @@
 
 from seer_jax.kvpool.embedded import EmbeddedKVPool
 from seer_jax.kvpool.keys import BlockKey, block_key, chain_keys, fingerprint
+from seer_jax.kvpool.mooncake import MooncakeKVPool
 from seer_jax.kvpool.pool import KVPool, PoolStats, Status
 
-__all__ = ["BlockKey", "EmbeddedKVPool", "KVPool", "PoolStats", "Status", "block_key", "chain_keys", "fingerprint"]
+__all__ = [
+    "BlockKey",
+    "EmbeddedKVPool",
+    "KVPool",
+    "MooncakeKVPool",
+    "PoolStats",
+    "Status",
+    "block_key",
+    "chain_keys",
+    "fingerprint",
+]

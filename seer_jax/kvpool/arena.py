@@ -86,11 +86,11 @@ class Arena:
 
     def write(self, slot: Slot, data: np.ndarray) -> int:
         """Copy a block in; returns its xxh3-64."""
-        return _copy_both_ways(self.views(slot), data, inwards=True)
+        return copy_both_ways(self.views(slot), data, inwards=True)
 
     def read(self, slot: Slot, out: np.ndarray) -> int:
         """Copy a block out; returns the xxh3-64 of what arrived."""
-        return _copy_both_ways(self.views(slot), out, inwards=False)
+        return copy_both_ways(self.views(slot), out, inwards=False)
 
 
 def slot_bytes(payload_bytes: int) -> int:
@@ -98,7 +98,7 @@ def slot_bytes(payload_bytes: int) -> int:
     return -(-payload_bytes // ALIGN_BYTES) * ALIGN_BYTES
 
 
-def _copy_both_ways(views: Iterator[np.ndarray], flat: np.ndarray, *, inwards: bool) -> int:
+def copy_both_ways(views: Iterator[np.ndarray], flat: np.ndarray, *, inwards: bool) -> int:
     """Copy between extents and a flat array piece by piece; the hash is of the flat side."""
     digest = xxhash.xxh3_64()
     done = 0

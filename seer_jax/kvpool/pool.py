@@ -35,7 +35,7 @@ class PoolStats:
     """Counters since the pool was opened, and what it holds now.
 
     Attributes:
-        num_blocks: Blocks that can be had now.
+        num_blocks: Blocks that can be had now; 0 where the backend cannot tell.
         dram_bytes: Memory in use, of `max_dram_bytes`.
         peak_dram_bytes: The most that it has been.
         disk_bytes: Size of the files, dead blocks included, of `max_disk_bytes`.
@@ -45,7 +45,8 @@ class PoolStats:
         num_corrupt: Blocks found damaged, or asked for with another shape or type.
         num_evicted: Blocks thrown out for others, or lost to a disk that would not take them.
         num_refused: Puts that ended in NO_SPACE.
-        num_timeouts: Puts that ended in TIMEOUT.
+        num_timeouts: Blocks whose put or get ended in TIMEOUT.
+        num_unasked: Blocks that were answered MISS or NO_SPACE at once, because the backend's server was not answering.
         num_spilled: Blocks written to disk, moves between files included.
         spilled_bytes: Bytes of these, headers included.
         num_disk_errors: Reads and writes that the file system refused.
@@ -68,6 +69,7 @@ class PoolStats:
     num_evicted: int = 0
     num_refused: int = 0
     num_timeouts: int = 0
+    num_unasked: int = 0
     num_spilled: int = 0
     spilled_bytes: int = 0
     num_disk_errors: int = 0

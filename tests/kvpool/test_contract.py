@@ -1,32 +1,81 @@
 """What every KV pool promises, whatever it is made of."""
 
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from seer_jax.kvpool import EmbeddedKVPool, KVPool, Status
+from seer_jax.kvpool import EmbeddedKVPool, KVPool, MooncakeKVPool, Status
+from seer_jax.kvpool.mooncake_client import MIN_SEGMENT_BYTES
+from tests.kvpool import mooncake_master
 from tests.kvpool.blocks import get, make_block, make_key, put
 
 HIT, MISS, STORED, CORRUPT, NO_SPACE = Status.HIT, Status.MISS, Status.STORED, Status.CORRUPT, Status.NO_SPACE
 
 NUM_FIT = 16
 """Blocks of 8 KiB that a pool of this suite holds at least."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How a pool of at least `NUM_FIT` blocks is opened, and what it promises beyond what a cache can.
+
+    Attributes:
+        open: From a directory of its own and pytest's request, for fixtures.
+        keeps: It says what it evicts, keeps what has priority, and knows what it holds. A cache without it may lose
+            any block at any time.
+    """
+
+    open: Callable[[Path, pytest.FixtureRequest], KVPool]
+    keeps: bool = True
+
+
+def open_mooncake(path: Path, request: pytest.FixtureRequest) -> KVPool:
+    return MooncakeKVPool(
+        mooncake_master.shared_master().address,
+        namespace="contract",
+        segment_bytes=MIN_SEGMENT_BYTES,
+        buffer_bytes=512 << 10,
+        timeout_s=5.0,
+    )
+
+
 BACKENDS = {
-    "dram": lambda path: EmbeddedKVPool(NUM_FIT * 8192),
-    "dram_and_disk": lambda path: EmbeddedKVPool(
-        4 * 8192, directory=path, max_disk_bytes=2 * NUM_FIT * 8192, segment_bytes=30_000
+    "dram": Backend(lambda path, request: EmbeddedKVPool(NUM_FIT * 8192)),
+    "dram_and_disk": Backend(
+        lambda path, request: EmbeddedKVPool(
+            4 * 8192, directory=path, max_disk_bytes=2 * NUM_FIT * 8192, segment_bytes=30_000
+        )
     ),
-    "mostly_disk": lambda path: EmbeddedKVPool(
-        8192, directory=path, max_disk_bytes=3 * NUM_FIT * 8192, segment_bytes=10_000
+    "mostly_disk": Backend(
+        lambda path, request: EmbeddedKVPool(
+            8192, directory=path, max_disk_bytes=3 * NUM_FIT * 8192, segment_bytes=10_000
+        )
     ),
+    "ray": Backend(lambda path, request: request.getfixturevalue("ray_pool")),
+    "mooncake": Backend(open_mooncake, keeps=False),
 }
 
 
-@pytest.fixture(params=[*BACKENDS, pytest.param("ray", marks=pytest.mark.ray)])
+def params(names):
+    marks = {"mooncake": mooncake_master.NEEDED, "ray": pytest.mark.ray}
+    return [pytest.param(name, marks=marks.get(name, ())) for name in names]
+
+
+@pytest.fixture(params=params(BACKENDS))
 def pool(request, tmp_path):
-    pool = request.getfixturevalue("ray_pool") if request.param == "ray" else BACKENDS[request.param](tmp_path)
+    pool = BACKENDS[request.param].open(tmp_path, request)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(params=params(name for name, backend in BACKENDS.items() if backend.keeps))
+def keeping_pool(request, tmp_path):
+    pool = BACKENDS[request.param].open(tmp_path, request)
     yield pool
     pool.close()
 
@@ -40,7 +89,13 @@ def test_what_was_put_comes_back(pool):
     assert pool.contains([make_key(3), make_key(77)]) == [True, False]
     assert get(pool, [*range(10), 77]) == [HIT] * 10 + [MISS]
     stats = pool.stats()
-    assert (stats.num_blocks, stats.num_stored, stats.num_hits, stats.num_misses) == (10, 10, 10, 1)
+    assert (stats.num_stored, stats.num_hits, stats.num_misses) == (10, 10, 1)
+
+
+def test_a_pool_that_keeps_blocks_counts_them(keeping_pool):
+    put(keeping_pool, range(10))
+    keeping_pool.drop([make_key(3)])
+    assert keeping_pool.stats().num_blocks == 9
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int8, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3b11fnuz])
@@ -92,6 +147,12 @@ def test_dropped_blocks_are_gone(pool):
     put(pool, range(3))
     pool.drop([make_key(0), make_key(1), make_key(9)])
     assert get(pool, range(3)) == [MISS, MISS, HIT]
+
+
+def test_dropped_blocks_are_not_counted(keeping_pool):
+    pool = keeping_pool
+    put(pool, range(3))
+    pool.drop([make_key(0), make_key(1), make_key(9)])
     assert pool.stats().num_blocks == 1
 
 
@@ -104,7 +165,8 @@ def test_old_epochs_are_dropped_as_a_whole(pool):
     assert pool.drop_epochs_before(2) == 0
 
 
-def test_more_than_fits_evicts_and_stays_within_bounds(pool):
+def test_more_than_fits_evicts_and_stays_within_bounds(keeping_pool):
+    pool = keeping_pool
     assert put(pool, range(100)) == [STORED] * 100
     stats = pool.stats()
     assert stats.num_evicted > 0
@@ -116,7 +178,8 @@ def test_more_than_fits_evicts_and_stays_within_bounds(pool):
     assert pool.stats().num_blocks <= num_hits <= stats.num_blocks
 
 
-def test_the_lowest_priority_goes_first(pool):
+def test_the_lowest_priority_goes_first(keeping_pool):
+    pool = keeping_pool
     put(pool, range(4), priority=1.0)
     put(pool, range(100, 160))
     assert get(pool, range(4)) == [HIT] * 4
