@@ -74,7 +74,7 @@ class TrainingRun:
             `reward_before` and `reward_after` on held-out prompts, `iterations`, `rollout_tokens`, `logprob_gap_mean`,
             of the part that was run now.
         """
-        # The interrupted rollout comes before anything else that instances of its history could be asked.
+        # Before the evaluation, since its history starts with a driver that has done nothing.
         resumed = self._respond(first) if self._runner.is_resuming else None
         reward_before = self._evaluate(first)
         records: list[dict[str, Any]] = []
