@@ -93,8 +93,10 @@ def test_twenty_kills_at_random_moments(capsys, tmp_path) -> None:
         check_resumed(capsys, run_dir, expected, num_events)
 
 
-TRAIN = (*SMALL, "--train.iterations", "3", "--train.checkpoint-every", "1", "--engine.expert-ids",
-         "--train.replay-routing")  # fmt: skip
+TRAIN = (
+    *SMALL, "--rollout.num-groups", "8", "--sampling.max-tokens", "50",
+    "--train.iterations", "3", "--train.checkpoint-every", "1", "--engine.expert-ids", "--train.replay-routing",
+)  # fmt: skip
 
 
 def read_curve(run_dir: Path) -> list[tuple]:
@@ -126,8 +128,9 @@ def kill_and_resume_training(capsys: pytest.CaptureFixture[str], run_dir: Path, 
 def test_killed_training_goes_on_inside_its_rollout(capsys, tmp_path) -> None:
     whole = tmp_path / "whole"
     assert run(capsys, "train", "--run-dir", str(whole), *TRAIN)["iterations"] == 3
-    run_dir = tmp_path / "killed"
-    kill_and_resume_training(capsys, run_dir, whole, 20)
+    curve, run_dir = read_curve(whole), tmp_path / "killed"
+    assert len({output for _, _, output, *_ in curve}) == 3 and all(grad_norm > 0 for *_, grad_norm, _ in curve)
+    kill_and_resume_training(capsys, run_dir, whole, 150)
     with EventFile(run_dir / "events.jsonl"):
         assert "has not ended" in fail(capsys, "train", "--resume", str(run_dir), "--train.iterations", "4")
     with EventFile(run_dir / "events.jsonl") as file:  # As if the last checkpoints had been lost.
