@@ -1,13 +1,11 @@
 """What the verbs run: loads the model, starts the instances, runs the job, stops the instances."""
 
-import fcntl
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,46 +16,40 @@ import numpy as np
 from rich.console import Console
 
 from seer_jax.cli.options import RolloutOptions, TrainOptions
-from seer_jax.config.decode import iterate_settings
-from seer_jax.config.presets import load_config as load_settings
+from seer_jax.cli.resume import next_instance_id, read_rollout, restore_training
 from seer_jax.config.presets import resolve_preset_path
 from seer_jax.config.schema import KVPoolConfig, RunConfig
 from seer_jax.core.commands import Command
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.errors import ConfigError
-from seer_jax.core.eventlog import decode_events, encode_event
-from seer_jax.core.events import Event, InstanceJoined
+from seer_jax.core.events import Event
 from seer_jax.core.latency import MeasuredStepTimes
 from seer_jax.core.scheduling import make_estimator, make_policy, switched_on
 from seer_jax.core.types import RolloutGroup, Sample
 from seer_jax.engine.cluster import Cluster
 from seer_jax.engine.factory import build_engine, build_local_cluster, enable_compilation_cache, needs_truncation
-from seer_jax.engine.rollout import RolloutResult, RolloutRunner
+from seer_jax.engine.rollout import RolloutRunner
 from seer_jax.engine.step_times import measure_step_times
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import Params, decoder_specs
-from seer_jax.obs.metrics import MetricsWriter, truncate_metrics
+from seer_jax.obs.event_file import EventFile
+from seer_jax.obs.metrics import MetricsWriter
 from seer_jax.obs.progress import ProgressDisplay
-from seer_jax.obs.run_dir import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, create_run_dir
+from seer_jax.obs.run_dir import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, create_run_dir
 from seer_jax.obs.tables import print_summary
 from seer_jax.obs.trace import RolloutRecorder, write_trace
 from seer_jax.sharding import check_divisible
 from seer_jax.train.checks import check_task, stop_token_ids
+from seer_jax.train.iteration_log import IterationLog
 from seer_jax.train.learner import Learner
-from seer_jax.train.loop import TrainingRun, describe_lengths, make_groups, make_sampling, restore_learner
+from seer_jax.train.loop import TrainingRun, describe_lengths, make_groups, make_sampling
 from seer_jax.train.tasks import Task, make_task
 from seer_jax.train.tokenizer import decode
 from seer_jax.weights.checkpoint import load_checkpoint, load_config, save_checkpoint
 
-SAMPLES_FILE = "samples.jsonl"
 EXPERT_IDS_FILE = "expert_ids.npz"
 """Beside the samples, with `engine.expert_ids`: an array `<group id>-<index>` for each (`core.types.Sample`)."""
 MODEL_DIRECTORY = "model"
-CHANGEABLE = (
-    "rollout.instances", "rollout.min_instances", "rollout.runtime", "rollout.instance_timeout_s",
-    "rollout.max_replacements", "kvpool.", "chaos.", "run_dir",
-)  # fmt: skip
-"""Settings, or how they begin, that a resumed rollout may have otherwise than it began with."""
 PROFILE_REPEATS = 50
 """Runs of every program of which `seer-jax profile` takes the fastest."""
 
@@ -83,17 +75,19 @@ def train(config: RunConfig, options: TrainOptions) -> dict[str, Any]:
     _check_learner_devices(config)
     enable_compilation_cache(config.engine.compilation_cache_dir)
     learner = Learner(config, model_config, params)
-    first = 0
-    if options.resume:
-        first, is_same_config = restore_learner(options.run_dir, learner, config)
-        truncate_metrics(options.run_dir / METRICS_FILE, first)
-        if not is_same_config:
-            print(f"seer-jax: {options.run_dir} goes on with settings other than it was started with", file=sys.stderr)
-    create_run_dir(options.run_dir, config, resume=options.resume)
     with ExitStack() as stack:
+        if not options.resume:
+            create_run_dir(options.run_dir, config, resume=False)
+        log = IterationLog(stack.enter_context(EventFile(options.run_dir / EVENTS_FILE)), config)
+        first, history = 0, []
+        if options.resume:
+            driver = _make_driver(config.rollout.policy, config)
+            first, history = restore_training(options.run_dir, config, learner, log, driver)
         metrics = stack.enter_context(MetricsWriter(options.run_dir / METRICS_FILE))
         display = stack.enter_context(ProgressDisplay(enabled=not options.json))
-        cluster = stack.enter_context(_open_cluster(config, model_config, params))
+        cluster = stack.enter_context(
+            _open_cluster(config, model_config, params, first_instance_id=next_instance_id(history))
+        )
 
         def on_record(record: Mapping[str, Any]) -> None:
             metrics.write(record)
@@ -102,11 +96,16 @@ def train(config: RunConfig, options: TrainOptions) -> dict[str, Any]:
         run = TrainingRun(
             config,
             runner=RolloutRunner(
-                cluster, _make_driver(config.rollout.policy, config), on_event=display.on_event, chaos=config.chaos
+                cluster,
+                _make_driver(config.rollout.policy, config),
+                on_event=display.on_event,
+                chaos=config.chaos,
+                history=history,
             ),
             learner=learner,
             task=task,
             run_dir=options.run_dir,
+            log=log,
             on_record=on_record,
             stop_token_ids=stop_token_ids(config, model_config),
         )
@@ -130,7 +129,7 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
     prompts = dict(enumerate(task.make_prompts(config.seed, "train", config.rollout.num_groups)))
     sampling = make_sampling(config, stop_token_ids(config, model_config))
     groups = make_groups(prompts, config.rollout.group_size, sampling, iteration=0)
-    history = _read_history(options.run_dir, config) if options.resume else []
+    history = read_rollout(options.run_dir, config) if options.resume else []
     create_run_dir(options.run_dir, config, resume=options.resume)
     directories = [options.run_dir / f"{index}-{policy}" for index, (policy, _) in enumerate(options.variants)]
     for directory in directories:
@@ -140,9 +139,11 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
     with MetricsWriter(options.run_dir / METRICS_FILE) as metrics, ProgressDisplay(enabled=not options.json) as display:
         for mode, variants in groupby(enumerate(options.variants), key=lambda variant: variant[1][1]):
             speculation = replace(config.speculation, mode=mode)
-            first_id = 1 + max((e.info.instance_id for e in history if isinstance(e, InstanceJoined)), default=-1)
             with _open_cluster(
-                replace(config, speculation=speculation), model_config, params, first_instance_id=first_id
+                replace(config, speculation=speculation),
+                model_config,
+                params,
+                first_instance_id=next_instance_id(history),
             ) as cluster:
                 _warm_up(cluster, config, groups)
                 for index, (policy, _) in variants:
@@ -152,12 +153,13 @@ def rollout(config: RunConfig, options: RolloutOptions) -> list[dict[str, Any]]:
                         prefix = f"{index} {policy}:{mode} " if len(options.variants) > 1 else ""
                         recorders.append(RolloutRecorder(prefix))
                         watchers.append(recorders[-1].on_event)
-                    runner = partial(RolloutRunner, cluster, driver, chaos=config.chaos, history=history)
-                    result = _roll_out_once(runner, groups, directories[index], watchers)
+                    runner = RolloutRunner(
+                        cluster, driver, on_event=_tell_all(watchers), chaos=config.chaos, history=history
+                    )
+                    with EventFile(directories[index] / EVENTS_FILE) as log:
+                        result = runner.run(groups, log=log.write)
                     lengths = describe_lengths(result.samples, config.sampling.max_tokens)
                     fired = {f"fired_{name}": driver.firings[name] for name in switched_on(config.rollout)}
-                    if options.resume:
-                        fired["replayed_events"] = len(history)
                     runs.append({"policy": policy, "speculation": mode, **asdict(result.stats), **lengths, **fired})
                     metrics.write({"kind": "rollout", **runs[-1]})
                     _write_samples(directories[index] / SAMPLES_FILE, result.samples)
@@ -207,55 +209,16 @@ def _warm_up(cluster: Cluster, config: RunConfig, groups: Sequence[RolloutGroup]
     RolloutRunner(cluster, _make_driver("seer", config)).run(warmup)
 
 
-def _roll_out_once(
-    make_runner: Callable[..., RolloutRunner],
-    groups: Sequence[RolloutGroup],
-    directory: Path,
+def _tell_all(
     watchers: Sequence[Callable[[float, Event, Sequence[Command]], None]],
-) -> RolloutResult:
-    """One timed rollout, or the rest of one, and its event log.
+) -> Callable[[float, Event, Sequence[Command]], None]:
+    """One `on_event` for several."""
 
-    An event is in the log before anything follows from it, so that a rollout can go on if this process dies.
-    """
-    path = directory / EVENTS_FILE
-    with MetricsWriter(path) as log, path.open("rb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)  # While this process lives, nobody resumes it.
+    def on_event(elapsed_s: float, event: Event, commands: Sequence[Command]) -> None:
+        for watch in watchers:
+            watch(elapsed_s, event, commands)
 
-        def on_event(elapsed_s: float, event: Event, commands: Sequence[Command]) -> None:
-            log.write(encode_event(event))
-            for watch in watchers:
-                watch(elapsed_s, event, commands)
-
-        return make_runner(on_event=on_event).run(groups)
-
-
-def _read_history(run_dir: Path, config: RunConfig) -> list[Event]:
-    """Events of the one rollout in a directory; what its process was writing when it died is cut off.
-
-    Raises:
-        ConfigError: If it has ended or still runs, is one of several, or was of settings that mean other tokens.
-    """
-    if len(list(run_dir.glob("[0-9]*-*"))) > 1:
-        raise ConfigError("resume", f"{str(run_dir)!r} holds several rollouts", "start them anew, without --resume")
-    before = dict(iterate_settings(load_settings(str(run_dir / CONFIG_FILE))))
-    for path, value in iterate_settings(config):
-        if value != before[path] and not path.startswith(CHANGEABLE):
-            raise ConfigError(path, f"was {before[path]!r} when the rollout began, not {value!r}", "leave it out")
-    directory = run_dir / f"0-{config.rollout.policy}"
-    if (directory / SAMPLES_FILE).exists():
-        raise ConfigError("resume", f"the rollout in {str(run_dir)!r} is finished", f"its responses: {SAMPLES_FILE}")
-    log = directory / EVENTS_FILE
-    if not log.exists():
-        return []
-    with log.open("r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError("resume", f"the rollout in {str(run_dir)!r} still runs", "wait for it") from error
-        whole = file.read()
-        whole = whole[: whole.rfind(b"\n") + 1]
-        file.truncate(len(whole))
-    return list(decode_events(whole.decode().splitlines()))
+    return on_event
 
 
 def _write_samples(file: Path, samples: list[Sample]) -> None:

@@ -26,7 +26,8 @@ class TrainArguments:
     config: str = "tiny_math"
     """A preset (`seer-jax config list`) or the path of a YAML file; options override it."""
     resume: str | None = None
-    """Go on from the last checkpoint in this run directory, with the configuration saved there."""
+    """Go on from the last checkpoint in this run directory, with the configuration saved there; inside the next
+    iteration's rollout if that was interrupted."""
     json: Switch = False
     """The last line of stdout is one JSON object; nothing else for humans is written there."""
     dry_run: Switch = False

@@ -44,6 +44,7 @@ class RolloutStats:
         pool_owners_lost: Owners of shared pools that died, with what they held.
         instances_lost: Instances that died, hung or were killed.
         chunks_resumed: Chunks that were under way there, and run again elsewhere from the last returned token.
+        replayed_events: Events of a process that died, by which the rollout went on.
     """
 
     num_requests: int
@@ -75,6 +76,7 @@ class RolloutStats:
     pool_owners_lost: int
     instances_lost: int
     chunks_resumed: int
+    replayed_events: int
     output_sha256: str
 
 
@@ -104,34 +106,37 @@ class RolloutRunner:
         chaos: ChaosConfig = NO_CHAOS,
         history: Iterable[Event] = (),
     ) -> None:
-        """Join the instances to the driver.
+        """Take over instances; the first `run` joins them to the driver.
 
         Args:
             cluster: Ready instances.
             driver: A fresh driver.
             policy_version: Version of the weights that the instances hold.
-            on_event: Called with (seconds, event, commands) for every event: event log, progress display.
+            on_event: Called with (seconds, event, commands) for every event, for displays.
             chaos: Faults.
-            history: Events of a rollout whose controller died, from its first on. `run` goes on with it: what is
-                finished stays so, what was under way at the old instances goes on at these, whose ids are new.
+            history: Events of a rollout whose controller died, from its first on. The first `run` goes on with it: what
+                is finished stays so, what was under way at the old instances goes on at these, whose ids are new.
         """
         self._cluster, self._driver, self._on_event = cluster, driver, on_event
         self._chaos = Chaos(chaos)
         self._started = time.perf_counter()
         self._num_lost = self._num_resumed = 0
         self.policy_version = policy_version
-        replayed = replay(history, driver)
-        self._samples = [command.sample for command in replayed if isinstance(command, EmitSample)]
-        gone = tuple(driver.loads)
-        self._commands: list[Command] = []
-        for info in cluster.infos:
-            self._commands += self._handle(InstanceJoined(info=info, policy_version=policy_version))
-        for instance_id in gone:
-            self._commands += self._handle(InstanceLost(instance_id=instance_id))
-        self._num_lost = self._num_resumed = 0  # The old ones did not die in what is to come.
+        self._log: Callable[[Event], None] | None = None
+        self._history, self._new_infos = list(history), list(cluster.infos)
+
+    @property
+    def is_resuming(self) -> bool:
+        """Whether the next `run` goes on with a rollout that another process began."""
+        return bool(self._history)
 
     def run(
-        self, groups: Sequence[RolloutGroup], *, policy_version: int = 0, get_params: Callable[[], Any] | None = None
+        self,
+        groups: Sequence[RolloutGroup],
+        *,
+        policy_version: int = 0,
+        get_params: Callable[[], Any] | None = None,
+        log: Callable[[Event], None] | None = None,
     ) -> RolloutResult:
         """Roll out all groups with one policy.
 
@@ -139,6 +144,8 @@ class RolloutRunner:
             groups: The prompts of the iteration.
             policy_version: Version of the weights to use.
             get_params: Gives those weights as host arrays; called if the instances hold another version.
+            log: Called with every event before anything follows from it. Together, after the history if there was one,
+                they are a history for a fresh driver.
 
         Raises:
             ConfigError: If a prompt is empty or too long.
@@ -154,7 +161,8 @@ class RolloutRunner:
         self.policy_version = policy_version
         self._started = started = time.perf_counter()
         statuses: dict[int, InstanceStatus] = {}
-        samples, commands, self._samples, self._commands = self._samples, self._commands, [], []
+        self._log, num_replayed = log, len(self._history)
+        samples, commands = self._join(policy_version)
         finish_times: list[float] = []
         known_tokens = sum(len(sample.token_ids) for sample in samples) + sum(
             request.num_generated
@@ -195,6 +203,7 @@ class RolloutRunner:
             known_tokens=known_tokens,
             instances_lost=self._num_lost,
             chunks_resumed=self._num_resumed,
+            replayed_events=num_replayed,
         )
         self._num_lost = self._num_resumed = 0
         weights_update_s = started - updating if params is not None else 0.0
@@ -203,6 +212,23 @@ class RolloutRunner:
     def close(self) -> None:
         """Stop the instances."""
         self._cluster.close()
+
+    def _join(self, policy_version: int) -> tuple[list[Sample], list[Command]]:
+        """Replay the history and put the new instances in the place of its own; what is finished, what is to do."""
+        if self._log is not None and not self._history:
+            for load in self._driver.loads.values():
+                self._log(InstanceJoined(info=load.info, policy_version=policy_version))
+        replayed = replay(self._history, self._driver)
+        samples = [command.sample for command in replayed if isinstance(command, EmitSample)]
+        gone = tuple(self._driver.loads) if self._history else ()
+        commands: list[Command] = []
+        for info in self._new_infos:
+            commands += self._handle(InstanceJoined(info=info, policy_version=policy_version))
+        for instance_id in gone:
+            commands += self._handle(InstanceLost(instance_id=instance_id))
+        self._num_lost = self._num_resumed = 0  # The old ones did not die in what is to come.
+        self._history, self._new_infos = [], []
+        return samples, commands
 
     def _submit(self, groups: Sequence[RolloutGroup], policy_version: int) -> list[Command]:
         while not self._driver.loads and self._cluster.expects_instances:  # The last ones died with the last iteration.
@@ -220,6 +246,8 @@ class RolloutRunner:
             if not self._cluster.expects_instances:
                 raise
             commands = []  # The loss is booked; those that are on their way take what remains.
+        if self._log is not None:
+            self._log(event)
         if self._on_event is not None:
             self._on_event(time.perf_counter() - self._started, event, commands)
         return commands
@@ -235,6 +263,7 @@ def summarize(
     known_tokens: int = 0,
     instances_lost: int = 0,
     chunks_resumed: int = 0,
+    replayed_events: int = 0,
 ) -> RolloutStats:
     """Figures of a finished rollout; of a resumed one, speed and tail are of what was left to do.
 
@@ -274,5 +303,6 @@ def summarize(
         pool_owners_lost=pool.num_owners_lost,
         instances_lost=instances_lost,
         chunks_resumed=chunks_resumed,
+        replayed_events=replayed_events,
         output_sha256=output_sha256(list(samples)),
     )

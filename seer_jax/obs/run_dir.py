@@ -10,7 +10,9 @@ from seer_jax.core.errors import ConfigError
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
-"""In the directory of one rollout: its events, see `core.eventlog`."""
+"""Events of one rollout, in its directory, or of a training run's iteration under way; see `core.eventlog`."""
+SAMPLES_FILE = "samples.jsonl"
+"""In the directory of one rollout: its responses."""
 
 
 def fill_run_dir(template: str, name: str, start: datetime) -> Path:

@@ -12,6 +12,7 @@ from orbax.checkpoint import CheckpointManager
 
 from seer_jax.config.schema import RunConfig
 from seer_jax.core.errors import ConfigError
+from seer_jax.core.events import Event
 from seer_jax.core.types import RolloutGroup, Sample, SamplingParams
 from seer_jax.engine.rollout import RolloutResult, RolloutRunner
 from seer_jax.train.advantages import group_advantages
@@ -22,6 +23,7 @@ from seer_jax.train.checkpoints import (
     restore_latest,
     save_checkpoint,
 )
+from seer_jax.train.iteration_log import IterationLog
 from seer_jax.train.learner import Learner
 from seer_jax.train.rewards import RewardFailure, compute_rewards
 from seer_jax.train.tasks import Prompt, Task, length_statistics
@@ -35,10 +37,11 @@ class TrainingRun:
 
     Args:
         config: The run.
-        runner: Instances with their driver.
+        runner: Instances with their driver; if it has a history, then that of iteration `first` of `run`.
         learner: Holds the weights.
         task: Prompts and rewards.
         run_dir: Where checkpoints go.
+        log: Takes the events of the iteration under way.
         on_record: Called with every metrics record: `{"kind": "eval" | "iteration", ...}`.
         stop_token_ids: Tokens that end a response.
     """
@@ -51,12 +54,13 @@ class TrainingRun:
         learner: Learner,
         task: Task,
         run_dir: Path,
+        log: IterationLog,
         on_record: Callable[[Mapping[str, Any]], None],
         stop_token_ids: tuple[int, ...],
     ) -> None:
         self._config, self._runner, self._learner, self._task = config, runner, learner, task
         self._run_dir, self._on_record, self._stop_token_ids = run_dir, on_record, stop_token_ids
-        self._is_updating = False
+        self._log, self._is_updating = log, False
 
     def run(self, first: int = 0) -> dict[str, Any]:
         """Train.
@@ -70,13 +74,16 @@ class TrainingRun:
             `reward_before` and `reward_after` on held-out prompts, `iterations`, `rollout_tokens`, `logprob_gap_mean`,
             of the part that was run now.
         """
+        # Before the evaluation, since its history starts with a driver that has done nothing.
+        resumed = self._respond(first) if self._runner.is_resuming else None
         reward_before = self._evaluate(first)
         records: list[dict[str, Any]] = []
         train = self._config.train
         with open_checkpoints(self._run_dir, train.keep_checkpoints) as checkpoints:
             for iteration in range(first, train.iterations):
                 try:
-                    records.append(self._iterate(iteration))
+                    responses, resumed = resumed or self._respond(iteration), None
+                    records.append(self._learn(iteration, *responses))
                 except KeyboardInterrupt:
                     if records and not self._is_updating:
                         self._save(checkpoints, iteration)
@@ -92,14 +99,19 @@ class TrainingRun:
             "logprob_gap_mean": float(np.mean([record["logprob_gap_mean"] for record in records])),
         }
 
-    def _iterate(self, iteration: int) -> dict[str, Any]:
-        """Run one iteration and return its record."""
+    def _respond(self, iteration: int) -> tuple[dict[int, Prompt], RolloutResult]:
+        """Roll out an iteration, or the rest of one; returns its prompts by group, and the responses."""
         config = self._config
-        started = time.perf_counter()
         first_prompt = iteration * config.rollout.num_groups
         prompts = self._task.make_prompts(config.seed, "train", config.rollout.num_groups, first_prompt)
         by_group = dict(enumerate(prompts, start=first_prompt))
-        result = self._rollout(by_group, config.rollout.group_size, iteration)
+        if not self._runner.is_resuming:
+            self._log.begin(iteration, self._learner.policy_version)
+        return by_group, self._rollout(by_group, config.rollout.group_size, iteration, log=self._log.write)
+
+    def _learn(self, iteration: int, by_group: Mapping[int, Prompt], result: RolloutResult) -> dict[str, Any]:
+        """Judge an iteration's responses and update the weights; returns its record."""
+        config = self._config
         judging = time.perf_counter()
         rewards, failures = compute_rewards(self._task, by_group, result.samples)
         group_ids = np.array([sample.request_id.group_id for sample in result.samples])
@@ -120,7 +132,7 @@ class TrainingRun:
             **learned,
             "weights_update_s": result.weights_update_s,
             "reward_time_s": judged - judging,
-            "iteration_time_s": time.perf_counter() - started,
+            "iteration_time_s": result.weights_update_s + result.stats.rollout_time_s + time.perf_counter() - judging,
         }
         self._on_record(record)
         return record
@@ -144,12 +156,19 @@ class TrainingRun:
         )
         return reward
 
-    def _rollout(self, prompts: Mapping[int, Prompt], group_size: int, iteration: int) -> RolloutResult:
+    def _rollout(
+        self,
+        prompts: Mapping[int, Prompt],
+        group_size: int,
+        iteration: int,
+        log: Callable[[Event], None] | None = None,
+    ) -> RolloutResult:
         sampling = make_sampling(self._config, self._stop_token_ids)
         return self._runner.run(
             make_groups(prompts, group_size, sampling, iteration),
             policy_version=self._learner.policy_version,
             get_params=lambda: jax.device_get(self._learner.params),
+            log=log,
         )
 
     def _save(self, checkpoints: CheckpointManager, iteration: int) -> None:
