@@ -177,7 +177,7 @@ class SimInstance:
             item = self._waiting[0]
             reserved = item.chunk.num_reserved_pages * self.info.page_size
             free = self._rank_tokens - self._rows.used()
-            shared = item.chunk.num_shared_pages * self.info.page_size
+            shared = float(item.chunk.num_shared_pages * self.info.page_size)
             if shared:
                 group = item.chunk.request_id.group_id
                 free += [self._rows.num_shared(rank, group, shared) for rank in range(self._num_ranks)]
