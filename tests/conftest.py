@@ -19,6 +19,7 @@ MAX_MEMORY_MAPS = 25_000
 """A program compiled for CPU keeps dozens. Linux allows a process 65,530, and at the next one LLVM dies of SIGSEGV."""
 
 
+@pytest.hookimpl(tryfirst=True)  # Before xdist reads the groups.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give each file's tests to one process, and those that start Ray all to the same: a machine has one cluster."""
     for item in items:

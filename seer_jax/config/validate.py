@@ -168,6 +168,13 @@ def _check_mooncake(kvpool: KVPoolConfig) -> None:
         raise ConfigError(
             "kvpool.mooncake_segment_mib", problem, f"give 0, or at least {MIN_MOONCAKE_SEGMENT_MIB}, Mooncake's least"
         )
+    names = ("mooncake_master", "mooncake_segment_mib", "mooncake_buffer_mib", "mooncake_timeout_s")
+    for name in names if kvpool.backend != "mooncake" else ():
+        if getattr(kvpool, name) != getattr(KVPoolConfig, name):
+            problem = f"is {getattr(kvpool, name)!r}, but kvpool.backend={kvpool.backend} has no Mooncake"
+            raise ConfigError(f"kvpool.{name}", problem, "leave it out, or use --kvpool.backend mooncake")
+    if kvpool.backend == "ray" and not kvpool.dram_mib:
+        raise ConfigError("kvpool.dram_mib", "is 0, so owners could hold nothing", "give a size")
     if kvpool.backend == "mooncake" and kvpool.disk_mib:
         problem = f"is {kvpool.disk_mib}, but blocks in Mooncake are in memory that its clients lend"
         raise ConfigError("kvpool.disk_mib", problem, "give 0, or another kvpool.backend")

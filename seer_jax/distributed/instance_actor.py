@@ -22,7 +22,7 @@ from seer_jax.config.schema import RunConfig, num_mesh_devices
 from seer_jax.core.chaos import delay_s
 from seer_jax.core.events import Event, InstanceReport
 from seer_jax.core.types import InstanceInfo, RequestChunk, RequestId
-from seer_jax.distributed.kv_pool import RayKVPool
+from seer_jax.distributed.kv_pool import CALL_TIMEOUT_S, RayKVPool
 from seer_jax.distributed.mailbox import Answer, Batches, Mailbox
 
 REPORT_INTERVAL_S = 0.5
@@ -88,7 +88,9 @@ class InstanceActor:
         self._has_own_pool = config.kvpool.backend == "embedded"
         self._shared_pool: RayKVPool | None = None
         if config.kvpool.backend == "ray":
-            self._shared_pool = RayKVPool(ray.get_runtime_context().get_node_id())
+            # The engine waits for it at times, and must not look silent meanwhile.
+            timeout_s = min(CALL_TIMEOUT_S, config.rollout.instance_timeout_s / 4)
+            self._shared_pool = RayKVPool(ray.get_runtime_context().get_node_id(), timeout_s=timeout_s)
         self._engine = build_engine(
             config,
             model_config,

@@ -55,6 +55,9 @@ class PoolOwner:
         if self._error is not None:
             raise self._error
 
+    def ping(self) -> None:
+        """Answer: that it does says that the owner does not hang."""
+
     def watch(self) -> None:
         """Return never: that the call ends says that the owner is dead."""
         threading.Event().wait()
@@ -104,6 +107,9 @@ class PoolDirectory:
     def __init__(self) -> None:
         self._nodes: dict[BlockKey, set[str]] = {}
 
+    def ping(self) -> None:
+        """See `PoolOwner`."""
+
     def watch(self) -> None:
         """See `PoolOwner`."""
         threading.Event().wait()
@@ -144,7 +150,7 @@ class RayKVPool:
 
         Args:
             node: Name of the node whose owner takes what is put here.
-            timeout_s: Longest that a call to an owner or the directory may take.
+            timeout_s: Longest that a call of this object may wait for owners and directory together.
         """
         self._node, self._timeout_s = node, timeout_s
         self._owners: Mapping[str, Any] = {}
@@ -163,26 +169,27 @@ class RayKVPool:
         flats = bytes_to_put(keys, buffers, priority)
         if self._closed:
             return [Status.NO_SPACE] * len(keys)
+        until = self._until()
         statuses: list[Status] = []
         for part in _batches(flats):
             types = [BlockType(buffer.dtype, buffer.shape) for buffer in buffers[part]]
-            answer = self._call(self._node, "put_blocks", keys[part], flats[part], types, priority)
+            answer = self._call(until, self._node, "put_blocks", keys[part], flats[part], types, priority)
             statuses += [Status.TIMEOUT] * len(keys[part]) if isinstance(answer, Status) else answer
         if self._directory is not None:
             stored = [key for key, status in zip(keys, statuses, strict=True) if status is Status.STORED]
-            self._ask(self._directory, "add", self._node, stored)
+            self._ask(until, self._directory, "add", self._node, stored)
         return statuses
 
     def get_blocks(self, keys: Sequence[BlockKey], outs: Sequence[np.ndarray]) -> list[Status]:
         """See `KVPool`. TIMEOUT if an owner that should have a block does not answer, MISS if it is dead."""
         flats = bytes_to_fill(keys, outs)
-        statuses = [Status.MISS] * len(keys)
-        for node, wanted in self._places(keys):
+        statuses, until = [Status.MISS] * len(keys), self._until()
+        for node, wanted in self._places(until, keys):
             left = [i for i in wanted if statuses[i] is Status.MISS]
             for part in _batches([flats[i] for i in left]):
                 asked = left[part]
                 types = [BlockType(outs[i].dtype, outs[i].shape) for i in asked]
-                answer = self._call(node, "get_blocks", [keys[i] for i in asked], types)
+                answer = self._call(until, node, "get_blocks", [keys[i] for i in asked], types)
                 found, hits = ([answer] * len(asked), ()) if isinstance(answer, Status) else answer
                 arrays = iter(hits)
                 for i, status in zip(asked, found, strict=True):
@@ -195,10 +202,10 @@ class RayKVPool:
 
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `KVPool`."""
-        held = [False] * len(keys)
-        for node, wanted in self._places(keys):
+        held, until = [False] * len(keys), self._until()
+        for node, wanted in self._places(until, keys):
             left = [i for i in wanted if not held[i]]
-            answer = self._call(node, "contains", [keys[i] for i in left])
+            answer = self._call(until, node, "contains", [keys[i] for i in left])
             if not isinstance(answer, Status):
                 for i, here in zip(left, answer, strict=True):
                     held[i] = here
@@ -209,22 +216,25 @@ class RayKVPool:
     def drop(self, keys: Sequence[BlockKey]) -> None:
         """See `KVPool`."""
         nodes: dict[str, list[BlockKey]] = defaultdict(list)
-        for key, others in zip(keys, self._ask_directory("drop", keys), strict=True):
+        until = self._until()
+        for key, others in zip(keys, self._ask_directory(until, "drop", keys), strict=True):
             for node in {self._node, *others}:
                 nodes[node].append(key)
         for node, dropped in nodes.items():
-            self._call(node, "drop", dropped)
+            self._call(until, node, "drop", dropped)
 
     def drop_epochs_before(self, epoch: int) -> int:
         """See `KVPool`."""
+        until = self._until()
         if self._directory is not None:
-            self._ask(self._directory, "drop_epochs_before", epoch)
-        answers = [self._call(node, "drop_epochs_before", epoch) for node in self._owners]
+            self._ask(until, self._directory, "drop_epochs_before", epoch)
+        answers = [self._call(until, node, "drop_epochs_before", epoch) for node in self._owners]
         return sum(answer for answer in answers if not isinstance(answer, Status))
 
     def stats(self) -> PoolStats:
         """See `KVPool`: the sum over all owners that answer."""
-        answers = [self._call(node, "stats") for node in self._owners]
+        until = self._until()
+        answers = [self._call(until, node, "stats") for node in self._owners]
         return sum_stats([answer for answer in answers if isinstance(answer, PoolStats)])
 
     def close(self) -> None:
@@ -233,38 +243,42 @@ class RayKVPool:
 
     def flip_bit(self, key: BlockKey, bit: int = 0) -> bool:
         """See `EmbeddedKVPool`."""
-        return any(self._call(node, "flip_bit", key, bit) is True for node in self._owners)
+        return any(self._call(self._until(), node, "flip_bit", key, bit) is True for node in self._owners)
 
-    def _places(self, keys: Sequence[BlockKey]) -> Iterator[tuple[str, list[int]]]:
+    def _until(self) -> float:
+        return time.monotonic() + self._timeout_s
+
+    def _places(self, until: float, keys: Sequence[BlockKey]) -> Iterator[tuple[str, list[int]]]:
         """The nodes to ask, this one first, with the indices of their keys; the directory is asked if need be."""
         if self._closed:
             return
         yield self._node, list(range(len(keys)))
         nodes: dict[str, list[int]] = defaultdict(list)
-        for i, others in enumerate(self._ask_directory("find", keys)):
+        for i, others in enumerate(self._ask_directory(until, "find", keys)):
             for node in others:
                 nodes[node].append(i)
         nodes.pop(self._node, None)
         yield from nodes.items()
 
-    def _ask_directory(self, method: str, keys: Sequence[BlockKey]) -> list[list[str]]:
+    def _ask_directory(self, until: float, method: str, keys: Sequence[BlockKey]) -> list[list[str]]:
         """The nodes that each block may be on; none if the directory is dead or silent."""
-        answer = Status.MISS if self._directory is None else self._ask(self._directory, method, keys)
+        answer = Status.MISS if self._directory is None else self._ask(until, self._directory, method, keys)
         return [[] for _ in keys] if isinstance(answer, Status) else answer
 
-    def _call(self, node: str, method: str, *args: Any) -> Any:
+    def _call(self, until: float, node: str, method: str, *args: Any) -> Any:
         """Call a node's owner, if it has one; see `_ask`."""
         owner = self._owners.get(node)
-        return Status.MISS if owner is None else self._ask(owner, method, *args)
+        return Status.MISS if owner is None else self._ask(until, owner, method, *args)
 
-    def _ask(self, actor: Any, method: str, *args: Any) -> Any:
+    def _ask(self, until: float, actor: Any, method: str, *args: Any) -> Any:
         """Call an actor; returns its answer, or MISS if it is dead and TIMEOUT if it is silent."""
-        if time.monotonic() < self._silent_until.get(actor, 0.0):
+        left_s = until - time.monotonic()
+        if left_s <= 0 or time.monotonic() < self._silent_until.get(actor, 0.0):
             return Status.TIMEOUT
         try:
-            return ray.get(getattr(actor, method).remote(*args), timeout=self._timeout_s)
+            return ray.get(getattr(actor, method).remote(*args), timeout=left_s)
         except GetTimeoutError:
-            logging.warning("The KV pool did not answer within %.0f s", self._timeout_s)
+            logging.warning("The KV pool did not answer within %.1f s", left_s)
             self._silent_until[actor] = time.monotonic() + RETRY_S
             return Status.TIMEOUT
         except RayTaskError:

@@ -1,6 +1,8 @@
 """The controller's side of the shared KV pool: starts an owner on every node, and another when one dies."""
 
 import logging
+import math
+import time
 from functools import partial
 from typing import Any
 
@@ -9,13 +11,14 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from seer_jax.config.schema import RunConfig
-from seer_jax.core.errors import ProtocolError, SeerError
+from seer_jax.core.errors import SeerError
 from seer_jax.distributed.kv_pool import MAX_CONCURRENCY, PoolDirectory, PoolOwner, sum_stats
 from seer_jax.kvpool import PoolStats
 from seer_jax.kvpool.factory import open_embedded_pool
 
 START_TIMEOUT_S = 60.0
 STATS_TIMEOUT_S = 5.0
+PING_INTERVAL_S = 5.0
 DIRECTORY = "directory"
 """Stands for a node's name where the directory is watched."""
 
@@ -44,13 +47,19 @@ class PoolOwners:
         self.actors: dict[str, Any] = {}
         self.directory: Any = None
         self.watches: dict[Any, str] = {}
+        self._pings: dict[str, tuple[float, Any, Any]] = {}
         self.refresh()
-        try:
-            ray.get([actor.check.remote() for actor in self.actors.values()], timeout=START_TIMEOUT_S)
-        except RayTaskError as error:
-            if isinstance(error.cause, SeerError):
-                raise error.cause from error
-            raise
+        checks = [actor.check.remote() for actor in self.actors.values()]
+        ray.wait(checks, num_returns=len(checks), timeout=START_TIMEOUT_S)
+        for check in checks:
+            try:
+                ray.get(check, timeout=0)
+            except RayTaskError as error:
+                if isinstance(error.cause, SeerError):
+                    raise error.cause from error
+                raise
+            except RayError:
+                continue  # Slow or dead: whoever watches finds out, and the others can begin.
 
     def refresh(self) -> None:
         """Start an owner on every node that is new."""
@@ -78,20 +87,32 @@ class PoolOwners:
             self._start_directory() if is_directory else self._start(node)
 
     def kill(self) -> None:
-        """Let an owner die, as a fault would; returns when that shows in `watches`.
-
-        Raises:
-            ProtocolError: If none is left.
-        """
+        """Let an owner die, as a fault would, if one is left; returns when that shows in `watches`."""
         if not self.actors:
-            raise ProtocolError("no owner of the KV pool is left")
+            return
         node, actor = next(iter(self.actors.items()))
         ray.kill(actor)
         ray.wait([watch for watch, name in self.watches.items() if name == node], timeout=START_TIMEOUT_S)
 
+    def watches_now(self) -> dict[Any, str]:
+        """`watches`; kills owners and directory that leave a call unanswered for too long: a hang ends as a death."""
+        now, living = time.monotonic(), {**self.actors, DIRECTORY: self.directory}
+        for node, actor in living.items():
+            sent, asked, call = self._pings.get(node, (-math.inf, None, None))
+            if actor is None or (asked is actor and now - sent < PING_INTERVAL_S):
+                continue
+            is_answered = asked is not actor or bool(ray.wait([call], timeout=0)[0])
+            if is_answered:
+                self._pings[node] = (now, actor, actor.ping.remote())
+            elif now - sent > self._config.rollout.instance_timeout_s:
+                logging.warning("The KV pool's %s hangs", "directory" if node == DIRECTORY else "owner")
+                ray.kill(actor)
+        return self.watches
+
     def start_iteration(self) -> None:
-        """Count anew."""
-        self._num_lost, self._before = 0, self._each()
+        """Count anew, replacements too."""
+        self._num_lost = self._num_replaced = 0
+        self._before = self._each()
 
     def stats(self) -> PoolStats:
         """Figures since `start_iteration`; what a dead owner had counted is lost with it."""

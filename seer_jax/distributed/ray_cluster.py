@@ -42,7 +42,8 @@ class Instance:
 
     Attributes:
         place: Which of the run's instances it is, or replaces.
-        heard: When it last gave a sign of life, by `time.monotonic`.
+        heard: When it last gave a sign of life, by `time.monotonic`; infinity before Ray has a place for it.
+        placed: A call that ends when Ray has.
         info: Its capacity; None until its engine is built.
         policy_version: Weights that it was told to take last.
     """
@@ -50,7 +51,8 @@ class Instance:
     instance_id: int
     actor: Any
     place: int
-    heard: float = field(default_factory=time.monotonic)
+    heard: float
+    placed: Any
     outbox: Outbox = field(default_factory=Outbox)
     info: InstanceInfo | None = None
     policy_version: int = 0
@@ -71,7 +73,7 @@ class RayCluster:
         """Start Ray unless it runs, start the actors and wait until `rollout.min_instances` engines are compiled.
 
         Args:
-            config: The run; `rollout.instances` actors are started.
+            config: The run.
             model_config: The decoder's `DecoderConfig`.
             params: Weights as host arrays; travel once through the object store.
             first_instance_id: Ids count from here; a resumed rollout must not meet an old one again.
@@ -105,13 +107,7 @@ class RayCluster:
                 max_concurrency=MAX_CONCURRENCY, **actor_resources(self._platform, config)
             )
             started = [self._start(place) for place in range(config.rollout.instances)]
-            first, later = ray.wait(started, num_returns=min_instances(config))
-            for ref, info in zip(first, _get_infos(first), strict=True):
-                instance = self._starting.pop(ref)
-                instance.info = info
-                self._instances[instance.instance_id] = instance
-            for ref in later:
-                self._starting[ref].heard = math.inf  # Ray may have no place for it, for as long as it takes.
+            self._await_first(started, min_instances(config))
             if config.speculation.mode in ("grouped", "grouped_tree"):
                 speculation = config.speculation
                 self._draft_servers = DraftServers(speculation.draft_servers, speculation.memory_tokens)
@@ -179,7 +175,7 @@ class RayCluster:
         for instance in self._instances.values():
             if instance not in polled:
                 self._poll(instance)
-        watches = {} if self._pool_owners is None else self._pool_owners.watches
+        watches = {} if self._pool_owners is None else self._pool_owners.watches_now()
         calls = [*self._starting, *self._polls, *watches]
         ray.wait(calls, num_returns=1, timeout=WATCH_INTERVAL_S)
         # All that is there, or one that answered long ago would pass for silent after a stall of this process.
@@ -196,6 +192,8 @@ class RayCluster:
             if instance.outbox.num_in_flight and now - instance.heard > self._config.rollout.instance_timeout_s:
                 events += self._lose(instance, f"it was silent for {now - instance.heard:.0f} s")
         for ref, instance in list(self._starting.items()):
+            if instance.heard == math.inf and ray.wait([instance.placed], timeout=0)[0]:
+                instance.heard = now
             if now - instance.heard > START_TIMEOUT_S:
                 del self._starting[ref]
                 self._replace(instance, f"it did not start within {START_TIMEOUT_S:.0f} s")
@@ -243,8 +241,27 @@ class RayCluster:
             self._num_replaced > 0,
             self._platform == "cpu",
         )
-        self._starting[ref] = Instance(instance_id, actor, place)
+        # Ray may have no place for it, for as long as it takes: only then does it begin to be silent.
+        self._starting[ref] = Instance(instance_id, actor, place, heard=math.inf, placed=actor.__ray_ready__.remote())
         return ref
+
+    def _await_first(self, started: Sequence[Any], num_needed: int) -> None:
+        """Wait until so many engines are built; a lost actor is replaced while others can make up for it."""
+        while len(self._instances) < num_needed:
+            (ref,), _ = ray.wait(list(self._starting), num_returns=1)
+            instance = self._starting.pop(ref)
+            try:
+                instance.info = ray.get(ref)
+            except RayError as error:
+                if isinstance(error, RayTaskError) or num_needed == len(started):
+                    raise (error.cause if isinstance(getattr(error, "cause", None), SeerError) else error) from error
+                self._replace(instance, error)
+                if len(self._instances) + len(self._starting) < num_needed:
+                    raise
+                continue
+            instance.heard = time.monotonic()
+            self._instances[instance.instance_id] = instance
+        self._instances = dict(sorted(self._instances.items()))  # Whoever was ready first.
 
     def _go_on_starting(self, ref: Any) -> list[Event]:
         """Take a later instance's next step: built, then told the version of its weights, then joined."""
@@ -264,6 +281,7 @@ class RayCluster:
             self._starting[told] = instance
             return []
         self._instances[instance.instance_id] = instance
+        instance.heard = time.monotonic()
         if self._pool_owners is not None:
             self._pool_owners.refresh()
         self._introduce()
@@ -328,13 +346,3 @@ def _is_loss(error: RayError) -> bool:
 def start_ray() -> None:
     """Join the cluster at `RAY_ADDRESS`, else one that runs on this machine already, else start Ray here."""
     ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=True)
-
-
-def _get_infos(started: Sequence[Any]) -> list[InstanceInfo]:
-    """Wait until every engine is ready; raises our errors as themselves, not wrapped in Ray's."""
-    try:
-        return ray.get(list(started))
-    except RayTaskError as error:
-        if isinstance(error.cause, SeerError):
-            raise error.cause from error
-        raise

@@ -85,7 +85,7 @@ def with_options(name: str, options: Mapping[str, Any]) -> System:
 
 def _switched_on(options: Mapping[str, Any]) -> tuple[str, ...]:
     """What must fire."""
-    settings = dict(options)
+    settings = {"share_prompts": False} | dict(options)  # As `simulate` has it.
     trees = [settings.pop(SPECULATION)] if SPECULATION in settings else []
     chunks = ["chunk_size"] if "chunk_size" in settings else []
     return (*switched_on(RolloutConfig(**settings)), *trees, *chunks)

@@ -10,7 +10,7 @@ from seer_jax.engine.factory import build_local_cluster
 from tests.distributed.test_ray_faults import CONFIG, joined, roll_out, start
 from tests.engine import tiny
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_an_instance_joins_when_a_node_comes_and_takes_chunks(monkeypatch):

@@ -1,5 +1,8 @@
 """Blocks that several nodes' owners hold: found wherever they are, and a miss when their owner is gone."""
 
+import dataclasses
+import os
+import signal
 import threading
 import time
 from functools import partial
@@ -8,7 +11,10 @@ import numpy as np
 import pytest
 import ray
 
+from seer_jax.config.schema import KVPoolConfig, RolloutConfig, RunConfig
+from seer_jax.distributed import pool_owners
 from seer_jax.distributed.kv_pool import MAX_CONCURRENCY, PoolDirectory, PoolOwner, RayKVPool
+from seer_jax.distributed.pool_owners import PoolOwners
 from seer_jax.distributed.ray_cluster import start_ray
 from seer_jax.kvpool import EmbeddedKVPool, Status
 from tests.kvpool.blocks import get, make_block, make_key, put
@@ -112,3 +118,39 @@ def test_more_than_fits_a_call_goes_in_several(nodes, monkeypatch):
     large = np.concatenate([make_block(0)] * 10)
     assert pool.put_blocks([make_key(20)], [large]) == [STORED]
     assert pool.put_blocks([], []) == pool.get_blocks([], []) == []
+
+
+def test_an_owner_that_hangs_is_killed_and_another_takes_its_place(monkeypatch):
+    monkeypatch.setattr(pool_owners, "PING_INTERVAL_S", 0.1)
+    config = RunConfig(kvpool=KVPoolConfig(backend="ray"), rollout=RolloutConfig(instance_timeout_s=2.0))
+    owners = PoolOwners(dataclasses.replace(config, kvpool=dataclasses.replace(config.kvpool, dram_mib=1)))
+    ((node, owner),) = owners.actors.items()
+    owners.watches_now()
+    os.kill(ray.get(owner.__ray_call__.remote(lambda _: os.getpid())), signal.SIGSTOP)
+    ended: list = []
+    while not ended:
+        ended, _ = ray.wait(list(owners.watches_now()), timeout=0.1)
+    owners.replace(ended[0])
+    assert owners.actors[node] is not owner and owners.stats().num_owners_lost == 1
+    owners.kill()
+    owners.replace(next(iter(owners.watches_now())))
+    owners.close()
+    owners.kill()  # Nobody is left: nothing happens.
+
+
+def test_a_call_waits_once_however_many_owners_are_silent():
+    class Silent(PoolOwner):
+        def get_blocks(self, keys, types):
+            time.sleep(60)
+
+    names = [f"n{i}" for i in range(4)]
+    owners = {name: start_owner(Silent) for name in names}
+    directory = ray.remote(PoolDirectory).options(num_cpus=0, max_concurrency=2).remote()
+    ray.get([directory.add.remote(name, [make_key(0)]) for name in names])
+    pool = RayKVPool("here", timeout_s=1.0)
+    pool.connect(owners, directory)
+    started = time.monotonic()
+    assert get(pool, [0]) == [TIMEOUT]
+    assert time.monotonic() - started < 2.5, "one deadline, not four"
+    for actor in (*owners.values(), directory):
+        ray.kill(actor)

@@ -9,7 +9,7 @@ GARBAGE_PAGE = 0
 
 
 def pages_for_tokens(num_tokens: int, page_size: int) -> int:
-    """Count the pages that hold `num_tokens` tokens of one request; pages are not shared, so it rounds up."""
+    """Count the pages that hold `num_tokens` tokens of one request; it rounds up."""
     return -(-num_tokens // page_size)
 
 
