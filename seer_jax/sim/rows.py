@@ -64,7 +64,7 @@ class RunningRows:
         store[:, row : size - 1] = store[:, row + 1 : size]
         self._size -= 1
 
-    def num_shared(self, rank: int, group: int, shared: float) -> float:
+    def num_shared(self, rank: int, group: int, shared: float | int) -> float | int:
         """Of so many tokens that a request could share, those that siblings in a rank hold for it."""
         return shared if self._members[rank, group] else 0.0
 

@@ -144,9 +144,10 @@ def kill_one(pools: list[EmbeddedKVPool], between: Callable[[], None] | None = N
     if between is not None:
         kill = cluster.kill
         cluster.kill = lambda instance_id: (kill(instance_id), between())
-    return RolloutRunner(cluster, RolloutDriver(make_policy("seer", settings)), chaos=chaos).run(
-        tiny.groups(3, 4, SAMPLING)
-    )
+    runner = RolloutRunner(cluster, RolloutDriver(make_policy("seer", settings)), chaos=chaos)
+    result = runner.run(tiny.groups(3, 4, SAMPLING))
+    runner.close()  # What is still on its way to the pool, or to be dropped there, gets there.
+    return result
 
 
 @pytest.mark.usefixtures("no_save_is_skipped")
