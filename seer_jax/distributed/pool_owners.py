@@ -11,8 +11,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from seer_jax.config.schema import RunConfig
-from seer_jax.core.errors import SeerError
 from seer_jax.distributed.kv_pool import MAX_CONCURRENCY, PoolDirectory, PoolOwner, sum_stats
+from seer_jax.distributed.resources import get_result
 from seer_jax.kvpool import PoolStats
 from seer_jax.kvpool.factory import open_embedded_pool
 
@@ -53,10 +53,8 @@ class PoolOwners:
         ray.wait(checks, num_returns=len(checks), timeout=START_TIMEOUT_S)
         for check in checks:
             try:
-                ray.get(check, timeout=0)
-            except RayTaskError as error:
-                if isinstance(error.cause, SeerError):
-                    raise error.cause from error
+                get_result(check, timeout_s=0.0)
+            except RayTaskError:
                 raise
             except RayError:
                 continue  # Slow or dead: whoever watches finds out, and the others can begin.

@@ -14,14 +14,14 @@ from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from seer_jax.config.schema import RunConfig
 from seer_jax.core.chaos import Chaos
-from seer_jax.core.errors import InstanceLostError, ProtocolError, SeerError
+from seer_jax.core.errors import InstanceLostError, ProtocolError
 from seer_jax.core.events import Event, InstanceJoined, InstanceLost
 from seer_jax.core.types import InstanceInfo, RequestChunk
 from seer_jax.distributed.draft_sync import DraftServers
 from seer_jax.distributed.instance_actor import MAX_CONCURRENCY, InstanceActor
 from seer_jax.distributed.mailbox import Outbox
 from seer_jax.distributed.pool_owners import PoolOwners
-from seer_jax.distributed.resources import actor_resources, check_resources, find_platform, min_instances
+from seer_jax.distributed.resources import actor_resources, check_resources, find_platform, get_result, min_instances
 from seer_jax.kvpool import PoolStats
 from seer_jax.kvpool.factory import new_run_name
 
@@ -251,10 +251,12 @@ class RayCluster:
             (ref,), _ = ray.wait(list(self._starting), num_returns=1)
             instance = self._starting.pop(ref)
             try:
-                instance.info = ray.get(ref)
+                instance.info = get_result(ref)
+            except RayTaskError:
+                raise
             except RayError as error:
-                if isinstance(error, RayTaskError) or num_needed == len(started):
-                    raise (error.cause if isinstance(getattr(error, "cause", None), SeerError) else error) from error
+                if num_needed == len(started):
+                    raise
                 self._replace(instance, error)
                 if len(self._instances) + len(self._starting) < num_needed:
                     raise

@@ -1,13 +1,14 @@
-"""What instances run on, and what their actors reserve."""
+"""What instances run on, what their actors reserve, and what their calls raise."""
 
 import os
 from importlib.util import find_spec
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from seer_jax.config.schema import RunConfig, num_mesh_devices
-from seer_jax.core.errors import ConfigError
+from seer_jax.core.errors import ConfigError, SeerError
 
 JAX_PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
 """Modules of which one must be installed for JAX to use the accelerator."""
@@ -59,3 +60,13 @@ def actor_resources(platform: str, config: RunConfig) -> dict[str, Any]:
             return {"resources": {"TPU": num_devices}}
         case _:
             return {"num_cpus": min(1.0, ray.cluster_resources().get("CPU", 1.0) / config.rollout.instances)}
+
+
+def get_result(ref: Any, timeout_s: float | None = None) -> Any:
+    """Get what a call returned; our errors are raised as themselves, not wrapped in Ray's."""
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except RayTaskError as error:
+        if isinstance(error.cause, SeerError):
+            raise error.cause from error
+        raise
