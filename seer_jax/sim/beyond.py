@@ -17,22 +17,28 @@ from seer_jax.sim.drafting import emitted_moments
 from seer_jax.sim.roofline import RooflineStepTimes
 from seer_jax.sim.simulation import SimRequests, SimResult
 from seer_jax.sim.systems import SYSTEMS, System, draw_requests, simulate
+from seer_jax.sim.wide import can_widen, widen
 from seer_jax.sim.workloads import Workload
 
 LOW_CORRELATION = 0.57
 """Of the lengths of a group in real rollouts of AIME problems by a distilled 1.5B model (design/simulation.md)."""
 WIDTH, WIDE_SEQS = 4, 8
 """Chips of joined instances over those of one, and requests per rank up to which instances join."""
-SPECULATION = "speculation"
+BOUND_CHUNKS = (1, 4)
+"""Parts of a chunk that the bounds of several options try."""
+SPECULATION, WIDEN = "speculation", "widen"
+WIDTHS = (2, 4)
+"""Instances joined for good, where there are so many."""
 ENVELOPE_POINTS = 40
 """Contexts at which the least time of a token is computed."""
 
 
 def options_of(workload: Workload) -> dict[str, dict[str, Any]]:
-    """What is compared: settings of `RolloutConfig` and of drafting by name; the letters are those of issue C."""
+    """What is compared: settings of `RolloutConfig`, of drafting and of the mesh; the letters are those of issue C."""
     half, quarter = workload.chunk_size // 2, workload.chunk_size // 4
     posterior = {"length_estimator": "posterior"}
     trees_quarter = {SPECULATION: "grouped_tree", "chunk_size": quarter}
+    wide = {width: {WIDEN: width} for width in WIDTHS if can_widen(workload, width)}
     return {
         "a_posterior": posterior,
         "b_half_chunk": {"chunk_size": half},
@@ -43,6 +49,8 @@ def options_of(workload: Workload) -> dict[str, dict[str, Any]]:
         "posterior_quarter_chunk": posterior | {"chunk_size": quarter},
         "shared_trees_quarter_chunk": {"share_prompts": True} | trees_quarter,
         "all": {"share_prompts": True} | posterior | trees_quarter,
+        **{f"f_wide_{width}": option for width, option in wide.items()},
+        **{f"wide_{width}_quarter_chunk": option | {"chunk_size": quarter} for width, option in wide.items()},
     }
 
 
@@ -52,13 +60,16 @@ def compare_options(workload: Workload, seed: int) -> tuple[dict[str, float], Co
     Returns:
         Values by name, and firings by "workload:option:what". The values are: options of `options_of` and, with the
         suffix "_low", the same at a correlation of `LOW_CORRELATION`;
+        - "f_wide_W_room_only": as "f_wide_W" with the least W, if reading the experts got no faster by it;
         - "bound_a_order": longest first by true lengths;
         - "bound_c_prompts": prompts take no KV at all, as if all were shared;
         - "bound_f_wide": instances with few requests have `WIDTH` times the chips, at once and for free;
+        - "bound_abc": the first two at once, with the best of `BOUND_CHUNKS`;
+        - "bound_abcf": all three at once, with the best of them;
         - "bound_g_idle": share of instance time that is idle, which other work could fill;
         - "bound_work": over `least_time_s`; nothing that keeps hardware, model and drafts gets there;
         - "bound_no_tail": as if the tail took no time.
-        The first three are simulations of Seer with something that it cannot have.
+        Bounds of options are simulations of Seer with something that it cannot have.
         A count of 0 means that the option was on and changed nothing: it was not tested.
     """
     values: dict[str, float] = {}
@@ -67,9 +78,13 @@ def compare_options(workload: Workload, seed: int) -> tuple[dict[str, float], Co
         requests = draw_requests(chosen, seed)
         seer = simulate(chosen, SYSTEMS["seer"], requests, seed=seed)
         for name, options in options_of(chosen).items():
-            result = simulate(chosen, with_options(name, options), requests, seed=seed)
+            cluster = widen(chosen, options[WIDEN]) if WIDEN in options else chosen
+            result = simulate(cluster, with_options(name, options), requests, seed=seed)
             values[name + suffix] = seer.rollout_time_s / result.rollout_time_s
-            counts = result.firings | {"chunk_size": abs(result.num_chunks - seer.num_chunks)}
+            counts = result.firings | {
+                "chunk_size": abs(result.num_chunks - seer.num_chunks),
+                WIDEN: abs(round(result.counters.num_steps - seer.counters.num_steps)),
+            }
             fired.update({f"{workload.name}:{name}:{what}": counts.get(what, 0) for what in _switched_on(options)})
         if not suffix:
             values |= _bounds(chosen, requests, seer, seed)
@@ -78,7 +93,7 @@ def compare_options(workload: Workload, seed: int) -> tuple[dict[str, float], Co
 
 def with_options(name: str, options: Mapping[str, Any]) -> System:
     """Seer with settings beyond the paper."""
-    settings = dict(options)
+    settings = {key: value for key, value in options.items() if key != WIDEN}
     speculation = settings.pop(SPECULATION, "grouped")
     return System(label=f"Seer + {name}", policy="seer", speculation=speculation, options=settings)
 
@@ -87,8 +102,9 @@ def _switched_on(options: Mapping[str, Any]) -> tuple[str, ...]:
     """What must fire."""
     settings = {"share_prompts": False} | dict(options)  # As `simulate` has it.
     trees = [settings.pop(SPECULATION)] if SPECULATION in settings else []
+    wide = [WIDEN] if settings.pop(WIDEN, None) else []
     chunks = ["chunk_size"] if "chunk_size" in settings else []
-    return (*switched_on(RolloutConfig(**settings)), *trees, *chunks)
+    return (*switched_on(RolloutConfig(**settings)), *trees, *wide, *chunks)
 
 
 @dataclass(frozen=True)
@@ -132,11 +148,18 @@ def _bounds(workload: Workload, requests: SimRequests, seer: SimResult, seed: in
         most_seqs=WIDE_SEQS * workload.ranks_per_instance,
     )
     runs = {
-        "bound_a_order": simulate(workload, oracle, requests, seed=seed),
-        "bound_c_prompts": simulate(free, SYSTEMS["seer"], no_prompts, seed=seed),
-        "bound_f_wide": simulate(workload, SYSTEMS["seer"], requests, seed=seed, times=wide),
+        "bound_a_order": [simulate(workload, oracle, requests, seed=seed)],
+        "bound_c_prompts": [simulate(free, SYSTEMS["seer"], no_prompts, seed=seed)],
+        "bound_f_wide": [simulate(workload, SYSTEMS["seer"], requests, seed=seed, times=wide)],
     }
-    bounds = {name: seer.rollout_time_s / run.rollout_time_s for name, run in runs.items()}
+    for name, used in (("bound_abc", times), ("bound_abcf", wide)):
+        sizes = [workload.chunk_size // parts for parts in BOUND_CHUNKS]
+        chosen = [replace(oracle, speculation="grouped_tree", options={"chunk_size": size}) for size in sizes]
+        runs[name] = [simulate(free, system, no_prompts, seed=seed, times=used) for system in chosen]
+    for width in [width for width in WIDTHS if can_widen(workload, width)][:1]:
+        room = widen(workload, width, faster_reads=False)
+        runs[f"f_wide_{width}_room_only"] = [simulate(room, SYSTEMS["seer"], requests, seed=seed)]
+    bounds = {name: max(seer.rollout_time_s / run.rollout_time_s for run in found) for name, found in runs.items()}
     all_s = workload.num_instances * seer.rollout_time_s
     return bounds | {
         "bound_work": seer.rollout_time_s / least_time_s(workload, requests),

@@ -82,6 +82,11 @@ CONSTANTS: Mapping[str, Mapping[str, Rule]] = {
         "draft_overhead_s": Rule(),
         "draft_overhead_per_token_s": Rule(),
     },
+    "exchange": {
+        "layers": Rule(is_whole=True),
+        "chips": Rule(low=1.0, is_whole=True, is_list=True),
+        "seconds_per_layer": Rule(is_list=True),
+    },
     "speculation": {
         "acceptance_references": Rule(is_whole=True, is_list=True),
         "acceptance_lengths": Rule(low=1.0, is_list=True),

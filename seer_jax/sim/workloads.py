@@ -50,6 +50,10 @@ class Workload:
             raise ConfigError("cluster.ranks_per_instance", problem, "a divisor of the chips")
         if self.constants["model.experts_per_token"].value > self.constants["model.num_experts"].value:
             raise ConfigError("model.experts_per_token", "is above model.num_experts", "0 and 0 for a dense model")
+        chips, seconds = self.exchange_s_per_layer
+        if len(chips) != len(seconds) or list(chips) != sorted(set(chips)):
+            problem = f"has {len(chips)} values, exchange.seconds_per_layer has {len(seconds)}"
+            raise ConfigError("exchange.chips", problem, "as many of both, chips ascending")
         _ = self.lengths, self.speculation  # They check themselves.
 
     @cached_property
@@ -149,6 +153,16 @@ class Workload:
             num_ranks=self.ranks_per_instance,
             **{name: self.constants[key].value for name, key in names.items()},
         )
+
+    @cached_property
+    def exchange_layers(self) -> int:
+        """Layers whose tokens travel to their experts and back; 0 for a dense model."""
+        return self._int("exchange.layers")
+
+    @cached_property
+    def exchange_s_per_layer(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Chips that experts are spread over, ascending, and the seconds of the two exchanges of a layer there."""
+        return self.constants["exchange.chips"].value, self.constants["exchange.seconds_per_layer"].value
 
     @cached_property
     def speculation(self) -> SpeculationSpec:
