@@ -67,7 +67,7 @@ def compare_options(workload: Workload, seed: int) -> tuple[dict[str, float], Co
         - "bound_abc": the first two at once, with the best of `BOUND_CHUNKS`;
         - "bound_abcf": all three at once, with the best of them;
         - "bound_g_idle": share of instance time that is idle, which other work could fill;
-        - "bound_work": over `least_time_s`; nothing that keeps hardware, model and drafts gets there;
+        - "bound_work": over `least_time_s`; nothing that keeps hardware, instances, model and drafts gets there;
         - "bound_no_tail": as if the tail took no time.
         Bounds of options are simulations of Seer with something that it cannot have.
         A count of 0 means that the option was on and changed nothing: it was not tested.

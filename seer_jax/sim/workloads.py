@@ -162,7 +162,9 @@ class Workload:
     @cached_property
     def exchange_s_per_layer(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Chips that experts are spread over, ascending, and the seconds of the two exchanges of a layer there."""
-        return self.constants["exchange.chips"].value, self.constants["exchange.seconds_per_layer"].value
+        names = ("exchange.chips", "exchange.seconds_per_layer")
+        chips, seconds = (tuple(map(float, self.constants[name].value)) for name in names)
+        return chips, seconds
 
     @cached_property
     def speculation(self) -> SpeculationSpec:
