@@ -17,11 +17,17 @@ PAGE_SIZE = 4
 STOP = 7
 
 
-def make_planner(num_pages: int = 32, max_num_seqs: int = 4, **kwargs: int) -> BatchPlanner:
+def make_planner(num_pages: int = 32, max_num_seqs: int = 4, num_ranks: int = 1, **kwargs: int) -> BatchPlanner:
+    """`num_pages` and `max_num_seqs` are a rank's."""
     info = InstanceInfo(
-        instance_id=0, num_total_pages=num_pages, page_size=PAGE_SIZE, max_num_seqs=max_num_seqs, max_model_len=128
+        instance_id=0,
+        num_total_pages=num_ranks * num_pages,
+        page_size=PAGE_SIZE,
+        max_num_seqs=num_ranks * max_num_seqs,
+        max_model_len=128,
     )
     settings = {"max_prefill_tokens": 16, "prefill_tile": 4, "max_steps_per_dispatch": 8} | kwargs
+    settings["num_ranks"] = num_ranks
     return BatchPlanner(info, **settings)
 
 
@@ -67,7 +73,7 @@ class FakeCache:
 
     def __init__(self, planner: BatchPlanner) -> None:
         self._planner = planner
-        self._slots = np.full((planner.pool.num_pages, PAGE_SIZE), -1)
+        self._slots = np.full((sum(rank.pool.num_pages for rank in planner.ranks), PAGE_SIZE), -1)
         self.texts: dict[RequestId, np.ndarray] = {}
 
     def save_evicted(self) -> None:
@@ -98,17 +104,26 @@ class FakeCache:
         return sequence.pages[position // PAGE_SIZE], position % PAGE_SIZE
 
 
+def num_free_pages(planner: BatchPlanner) -> int:
+    return sum(rank.pool.num_free_pages for rank in planner.ranks)
+
+
 def check_pages(planner: BatchPlanner) -> None:
-    """Every page is free, parked, a shared prompt's or owned by exactly one running sequence."""
-    holders = [*planner.running, *planner.parked.values()]
-    prompts = {id(owner.prompt): owner.prompt.pages for owner in holders if owner.prompt}
-    owned = [page for pages in prompts.values() for page in pages]
-    for owner in holders:
-        num_shared = len(owner.prompt.pages) if owner.prompt else 0
-        assert owner.pages[:num_shared] == (owner.prompt.pages if owner.prompt else [])
-        owned += owner.pages[num_shared:]
-    assert len(set(owned)) == len(owned)
-    assert len(owned) + planner.pool.num_free_pages == planner.pool.num_total_pages
+    """Every page of a rank is free, parked there, a shared prompt's or owned by exactly one sequence that runs there."""
+    for index, rank in enumerate(planner.ranks):
+        running = [sequence for sequence in planner.running if sequence.rank == index]
+        assert len(running) == rank.num_running <= planner.info.max_num_seqs // len(planner.ranks)
+        holders = [*running, *rank.parked.values()]
+        prompts = {id(owner.prompt): owner.prompt.pages for owner in holders if owner.prompt}
+        owned = [page for pages in prompts.values() for page in pages]
+        for owner in holders:
+            num_shared = len(owner.prompt.pages) if owner.prompt else 0
+            assert owner.pages[:num_shared] == (owner.prompt.pages if owner.prompt else [])
+            owned += owner.pages[num_shared:]
+        size = rank.pool.num_pages
+        assert all(index * size < page < (index + 1) * size for page in owned)
+        assert len(set(owned)) == len(owned)
+        assert len(owned) + rank.pool.num_free_pages == rank.pool.num_total_pages
     assert all(not sequence.pages for sequence in planner.waiting)
 
 
@@ -126,6 +141,7 @@ def check_pages(planner: BatchPlanner) -> None:
     st.integers(1, 5),
     st.integers(1, 12),
     st.booleans(),
+    st.integers(1, 3),
 )
 def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_lost(
     groups: list[tuple[int, bool, list[tuple[int, bool]]]],
@@ -133,12 +149,13 @@ def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_lost(
     max_num_seqs: int,
     chunk_size: int,
     all_reserve: bool,
+    num_ranks: int,
 ) -> None:
     """Reserving requests run in chunks and go on from what they parked, or from what siblings have of the prompt.
 
-    Where all reserve, the driver's books say which of them run.
+    Where all reserve and there is one rank, the driver's books say which of them run.
     """
-    planner = make_planner(num_pages, max_num_seqs)
+    planner = make_planner(num_pages, max_num_seqs, num_ranks)
     cache = FakeCache(planner)
     load = InstanceLoad(info=planner.info)
     true_lengths = {}
@@ -157,9 +174,9 @@ def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_lost(
     for _ in range(5000):
         planner.admit()
         cache.save_evicted()
-        if all_reserve:
+        if all_reserve and num_ranks == 1:
             assert [sequence.chunk.request_id for sequence in planner.waiting] == load.queued
-            used = planner.pool.num_total_pages - planner.status().num_free_pages
+            used = planner.info.num_total_pages - planner.status().num_free_pages
             assert used == load.num_reserved_pages
         plan = planner.plan()
         cache.save_evicted()
@@ -172,7 +189,8 @@ def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_lost(
             assert last_written < len(sequence.pages) * PAGE_SIZE
         for piece in plan.prefills:
             assert piece.start + piece.count <= len(piece.sequence.pages) * PAGE_SIZE
-        assert sum(-(-piece.count // 4) * 4 for piece in plan.prefills) <= 16 + 3
+        for rank in range(num_ranks):
+            assert sum(-(-p.count // 4) * 4 for p in plan.prefills if p.sequence.rank == rank) <= 16 + 3
         for sequence in cache.run(plan):
             chunk, known = sequence.chunk, sequence.token_ids[: sequence.num_tokens].copy()
             load.remove(chunk.request_id)
@@ -194,7 +212,8 @@ def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_lost(
                 )
             )
     assert lengths == true_lengths
-    assert planner.pool.num_free_pages == num_pages and not planner.running and not planner.waiting
+    assert [rank.pool.num_free_pages for rank in planner.ranks] == num_ranks * [num_pages]
+    assert not planner.running and not planner.waiting
 
 
 def test_siblings_have_the_full_pages_of_their_prompt_in_common() -> None:
@@ -237,7 +256,7 @@ def test_a_prompt_outlives_its_first_request_and_goes_with_the_last() -> None:
     while planner.running:
         for sequence in cache.run(planner.plan()):
             planner.release(sequence)
-    assert planner.pool.num_free_pages == 16
+    assert num_free_pages(planner) == 16
 
 
 def test_prompt_of_a_group_is_computed_once_and_copied_when_complete() -> None:
