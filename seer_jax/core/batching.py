@@ -5,7 +5,7 @@ never preempted) and chunks that grow on demand (the baseline: the youngest is p
 """
 
 import bisect
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Container, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -48,6 +48,14 @@ class StepPlan:
     prefills: SequenceOf[PrefillSlice]
     num_steps: int
     copies: SequenceOf[tuple[int, int]] = ()
+
+    @property
+    def num_prefilled(self) -> int:
+        """Prompt tokens of the rank that computes most of them."""
+        by_rank = Counter()
+        for piece in self.prefills:
+            by_rank[piece.sequence.rank] += piece.count
+        return max(by_rank.values(), default=0)
 
 
 class BatchPlanner:

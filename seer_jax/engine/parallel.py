@@ -1,38 +1,91 @@
 """Attention, experts and draws on one device, or each device's share of them inside `shard_map`.
 
 The compiler partitions plain XLA but no kernel, so on a mesh the operations that have kernels are divided by hand:
-heads over "tensor", with the cache on every device; experts over "expert" and "tensor" together (`WHOLE_EXPERTS`), with
-the tokens on every device and one all-reduce of what the experts say; the vocabulary over "tensor", with one small
-all-reduce of what its parts would draw. The rest of a step is left to the compiler.
+heads over "tensor", with the cache on every device of a rank; experts over all devices together (`WHOLE_EXPERTS`); the
+vocabulary over "tensor", with one small all-reduce of what its parts would draw. The rest of a step is left to the
+compiler.
+
+"data" divides the requests. Each of its ranks has rows, pages and a cache of its own and runs the whole step for them,
+inside a `shard_map` over that axis alone (`on_each_rank`); the operations above are divided inside it over the two
+others. Only the experts know of other ranks: without any, every device has all tokens and one all-reduce adds what the
+experts say; with them, the devices of a rank take a part of its tokens each and exchange them with all others.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool
 
 from kernels_pallas.grouped_matmul import expert_parallel_mlp, grouped_mlp
 from kernels_pallas.mla_attention import mla_attention
 from kernels_pallas.tree_verify import Draws, tree_verify
+from seer_jax.models.config import DecoderConfig
 from seer_jax.models.moe import ExpertMLP
-from seer_jax.sharding import WHOLE_EXPERTS
+from seer_jax.models.specs import decoder_specs
+from seer_jax.sharding import WHOLE_EXPERTS, shardings_for
+
+RANKS = "data"
+"""The mesh axis of data-parallel attention."""
+WITHIN_RANK = ("expert", "tensor")
+BY_RANK = PartitionSpec(RANKS)
+"""How caches (by pages), packed requests and outputs lie on a mesh: each rank has its own."""
 
 
 class ParallelOps(NamedTuple):
-    """The operations of a step that have kernels.
+    """The operations of a step that have kernels, and the one that has ranks end together.
 
     Attributes:
         attention: `mla_attention`, of all heads.
         experts: `grouped_mlp`, of all experts.
         draw: `tree_verify`, from the whole vocabulary.
+        on_any_rank: Whether something is true on any rank.
     """
 
     attention: Callable[..., Array]
     experts: ExpertMLP
     draw: Callable[..., Draws]
+    on_any_rank: Callable[[Bool[Array, ""]], Bool[Array, ""]]
+
+
+def count_ranks(mesh: Mesh | None) -> int:
+    """Data-parallel ranks of an instance; `mesh` has axes as `sharding.MESH_AXES`, None = one device."""
+    return 1 if mesh is None else mesh.shape[RANKS]
+
+
+def place(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh | None) -> tuple[Any, Any]:
+    """Where weights, and caches [pages, page size, width], lie: as `jax.device_put` takes it, None = anywhere.
+
+    Raises:
+        ConfigError: If the model does not divide over the mesh.
+    """
+    if mesh is None or mesh.size == 1:
+        device = None if mesh is None else mesh.devices.item()
+        return device, device
+    return shardings_for(decoder_specs(config, dtype), mesh, WHOLE_EXPERTS), by_rank(mesh)
+
+
+def by_rank(mesh: Mesh) -> NamedSharding:
+    """Where arrays with a part for each rank lie."""
+    return NamedSharding(mesh, BY_RANK if count_ranks(mesh) > 1 else PartitionSpec())
+
+
+def on_each_rank(step: Callable[..., Any], config: DecoderConfig, mesh: Mesh | None) -> Callable[..., Any]:
+    """Let a step over (weights, caches, packed requests) run on every rank, for its own requests and pages."""
+    if count_ranks(mesh) == 1:
+        return step
+
+    def of_rank(sharding: NamedSharding) -> PartitionSpec:
+        return PartitionSpec(*(RANKS if axis and RANKS in axis else None for axis in sharding.spec))
+
+    weights = jax.tree.map(of_rank, place(config, jnp.float32, mesh)[0])
+    return jax.shard_map(
+        step, mesh=mesh, axis_names={RANKS}, in_specs=(weights, BY_RANK, BY_RANK), out_specs=BY_RANK, check_vma=False
+    )
 
 
 def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> ParallelOps:
@@ -43,15 +96,16 @@ def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> Parall
         implementation: What computes on each device; None chooses by platform.
 
     Returns:
-        Operations to be traced under `jax.jit`; on a mesh their results are what one device computes, but for the
-        rounding of the sum over devices.
+        Operations to be traced under `jax.jit`, and `on_each_rank`; on a mesh their results are what one device
+        computes, but for the rounding of the sum over devices.
     """
     if mesh is None:
         whole = (mla_attention, grouped_mlp, tree_verify)
-        return ParallelOps(*(partial(operation, implementation=implementation) for operation in whole))
-    shard = partial(jax.shard_map, mesh=mesh, check_vma=False)  # Kernels do not say over which axes results vary.
+        return ParallelOps(*(partial(operation, implementation=implementation) for operation in whole), lambda x: x)
+    has_ranks = count_ranks(mesh) > 1
+    where = {"axis_names": set(WITHIN_RANK)} if has_ranks else {"mesh": mesh}
+    shard = partial(jax.shard_map, **where, check_vma=False)  # Kernels do not say over which axes results vary.
     everywhere, heads = PartitionSpec(), WHOLE_EXPERTS.partition_spec((None, None, "heads", None))
-    experts = WHOLE_EXPERTS.partition_spec(("experts", None, None))
 
     def attention(q: Array, *arrays: Array, **options: Any) -> Array:
         attend = partial(mla_attention, implementation=implementation, **options)
@@ -60,16 +114,31 @@ def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> Parall
     mlp = partial(
         expert_parallel_mlp,
         axis_name=WHOLE_EXPERTS.experts,
-        tokens_are_sharded=False,
+        tokens_are_sharded=has_ranks,
         implementation=implementation,
     )
+    tokens, experts = PartitionSpec(WITHIN_RANK) if has_ranks else everywhere, PartitionSpec(WITHIN_RANK)
+    mlp = shard(mlp, in_specs=(tokens,) * 3 + (experts,) * 2, out_specs=tokens)
     draw = partial(tree_verify, axis_name=WHOLE_EXPERTS.vocab, implementation=implementation)
     head = WHOLE_EXPERTS.partition_spec((None, "vocab"))
     return ParallelOps(
         attention=attention,
-        experts=shard(mlp, in_specs=(everywhere,) * 3 + (experts,) * 2, out_specs=everywhere),
+        experts=_in_whole_parts(mlp, math.prod(mesh.shape[axis] for axis in WITHIN_RANK)) if has_ranks else mlp,
         draw=shard(draw, in_specs=(everywhere, head) + (everywhere,) * 3, out_specs=everywhere),
+        on_any_rank=(lambda x: jax.lax.psum(x.astype(jnp.int32), RANKS) > 0) if has_ranks else (lambda x: x),
     )
+
+
+def _in_whole_parts(mlp: ExpertMLP, num_parts: int) -> ExpertMLP:
+    """Pad a rank's tokens, so that each of its devices gets as many; what is added goes to no expert."""
+
+    def run(x: Array, expert_ids: Array, weights: Array, gate_up: Array, down: Array) -> Array:
+        padding = ((0, -len(x) % num_parts), (0, 0))
+        x_padded, weights = jnp.pad(x, padding), jnp.pad(weights, padding)
+        expert_ids = jnp.pad(expert_ids, padding, constant_values=-1)
+        return mlp(x_padded, expert_ids, weights, gate_up, down)[: len(x)]
+
+    return run
 
 
 ONE_DEVICE = parallel_ops(None)

@@ -55,9 +55,10 @@ class ShardingRules:
         return PartitionSpec(*mesh_axes)
 
 
-WHOLE_EXPERTS = ShardingRules(experts=("expert", "tensor"), expert_mlp=None)
-"""For code that names its collectives: a device holds whole experts. Half of the columns of a fused `gate_up` would be
-all gates, and kernels want widths that are multiples of 128 (Moonlight's 1408 is not one by halves)."""
+WHOLE_EXPERTS = ShardingRules(experts=("data", "expert", "tensor"), expert_mlp=None)
+"""For code that names its collectives: a device holds whole experts, and all devices hold different ones. Half of the
+columns of a fused `gate_up` would be all gates, and kernels want widths that are multiples of 128 (Moonlight's 1408 is
+not one by halves)."""
 
 
 def shardings_for(specs: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules | None = None) -> Any:

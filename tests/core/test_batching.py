@@ -109,7 +109,7 @@ def num_free_pages(planner: BatchPlanner) -> int:
 
 
 def check_pages(planner: BatchPlanner) -> None:
-    """Every page of a rank is free, parked there, a shared prompt's or owned by exactly one sequence that runs there."""
+    """Every page of a rank is free, parked there, a shared prompt's or owned by one sequence that runs there."""
     for index, rank in enumerate(planner.ranks):
         running = [sequence for sequence in planner.running if sequence.rank == index]
         assert len(running) == rank.num_running <= planner.info.max_num_seqs // len(planner.ranks)

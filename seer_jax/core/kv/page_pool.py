@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from seer_jax.core.errors import CapacityError, ConfigError, ProtocolError
 
+
 def pages_for_tokens(num_tokens: int, page_size: int) -> int:
     """Count the pages that hold `num_tokens` tokens of one request; it rounds up."""
     return -(-num_tokens // page_size)
