@@ -11,7 +11,6 @@ others. Only the experts know of other ranks: without any, every device has all 
 experts say; with them, the devices of a rank take a part of its tokens each and exchange them with all others.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -115,28 +114,39 @@ def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> Parall
         expert_parallel_mlp,
         axis_name=WHOLE_EXPERTS.experts,
         tokens_are_sharded=has_ranks,
+        exchange="padded" if mesh.devices.flat[0].platform == "cpu" else "ragged",
         implementation=implementation,
     )
-    tokens, experts = PartitionSpec(WITHIN_RANK) if has_ranks else everywhere, PartitionSpec(WITHIN_RANK)
-    mlp = shard(mlp, in_specs=(tokens,) * 3 + (experts,) * 2, out_specs=tokens)
+    experts = PartitionSpec(WITHIN_RANK)
     draw = partial(tree_verify, axis_name=WHOLE_EXPERTS.vocab, implementation=implementation)
     head = WHOLE_EXPERTS.partition_spec((None, "vocab"))
     return ParallelOps(
         attention=attention,
-        experts=_in_whole_parts(mlp, math.prod(mesh.shape[axis] for axis in WITHIN_RANK)) if has_ranks else mlp,
+        experts=shard(
+            _divide_tokens(mlp) if has_ranks else mlp,
+            in_specs=(everywhere,) * 3 + (experts,) * 2,
+            out_specs=everywhere,
+        ),
         draw=shard(draw, in_specs=(everywhere, head) + (everywhere,) * 3, out_specs=everywhere),
         on_any_rank=(lambda x: jax.lax.psum(x.astype(jnp.int32), RANKS) > 0) if has_ranks else (lambda x: x),
     )
 
 
-def _in_whole_parts(mlp: ExpertMLP, num_parts: int) -> ExpertMLP:
-    """Pad a rank's tokens, so that each of its devices gets as many; what is added goes to no expert."""
+def _divide_tokens(mlp: ExpertMLP) -> ExpertMLP:
+    """Let each device of a rank send an equal part of the rank's tokens; it is named here, or the compiler would divide
+    tokens, in place of heads and widths, everywhere else too."""
 
-    def run(x: Array, expert_ids: Array, weights: Array, gate_up: Array, down: Array) -> Array:
-        padding = ((0, -len(x) % num_parts), (0, 0))
-        x_padded, weights = jnp.pad(x, padding), jnp.pad(weights, padding)
-        expert_ids = jnp.pad(expert_ids, padding, constant_values=-1)
-        return mlp(x_padded, expert_ids, weights, gate_up, down)[: len(x)]
+    def run(x: Array, expert_ids: Array, weights: Array, *experts: Array) -> Array:
+        part = -(-len(x) // jax.lax.axis_size(WITHIN_RANK))
+        padding = ((0, part * jax.lax.axis_size(WITHIN_RANK) - len(x)), (0, 0))
+
+        def own(rows: Array, value: int = 0) -> Array:
+            rows = jnp.pad(rows, padding, constant_values=value)
+            return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(WITHIN_RANK) * part, part)
+
+        # What is added goes to no expert.
+        out = mlp(own(x), own(expert_ids, -1), own(weights), *experts)
+        return jax.lax.all_gather(out, WITHIN_RANK, tiled=True)[: len(x)]
 
     return run
 

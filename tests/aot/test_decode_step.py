@@ -12,16 +12,15 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
-
 from kernels_pallas.mla_attention import pad_row_width
 from seer_jax.config.schema import ShardingConfig
 from seer_jax.core.packing import packed_size
 from seer_jax.core.step_shapes import StepShape
+from seer_jax.engine.parallel import by_rank, place
 from seer_jax.engine.step import make_step
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import decoder_specs
-from seer_jax.sharding import WHOLE_EXPERTS, make_mesh, shardings_for
+from seer_jax.sharding import make_mesh
 from tests.aot.topology import devices
 from tests.models.test_config import KIMI_K2 as KIMI_K2_JSON
 
@@ -51,7 +50,7 @@ HBM = {"v5p": 95e9, "v6e": 32e9}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """An instance: a model on a slice, with a pool of `pages`, each of 64 tokens, on every chip."""
+    """An instance: a model on a slice, with 64 slots and a pool of `pages`, each of 64 tokens, divided over `data`."""
 
     model: DecoderConfig
     topology: str
@@ -59,28 +58,30 @@ class Deployment:
     tensor: int
     context: int
     pages: int
+    data: int = 1
 
     @property
     def num_chips(self) -> int:
-        return self.expert * self.tensor
+        return self.data * self.expert * self.tensor
 
     @property
     def shape(self) -> StepShape:
-        return StepShape(num_requests=SLOTS, num_rows=SLOTS, num_tiles=0, tile=1, num_pages=self.context // PAGE)
+        slots = SLOTS // self.data
+        return StepShape(num_requests=slots, num_rows=slots, num_tiles=0, tile=1, num_pages=self.context // PAGE)
 
     def arguments(self):
         """The mesh, and the step's arguments as they lie on it: weights, caches, packed requests."""
-        mesh = make_mesh(ShardingConfig(expert=self.expert, tensor=self.tensor), devices(self.topology))
-        specs = decoder_specs(self.model, jnp.bfloat16)
-        everywhere = NamedSharding(mesh, PartitionSpec())
+        sizes = ShardingConfig(data=self.data, expert=self.expert, tensor=self.tensor)
+        mesh = make_mesh(sizes, devices(self.topology))
+        weights, caches = place(self.model, jnp.bfloat16, mesh)
         params = jax.tree.map(
             lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
-            specs,
-            shardings_for(specs, mesh, WHOLE_EXPERTS),
+            decoder_specs(self.model, jnp.bfloat16),
+            weights,
         )
         rows = (self.pages, PAGE, pad_row_width(self.model.latent_width, "tpu"))
-        cache = jax.ShapeDtypeStruct(rows, jnp.bfloat16, sharding=everywhere)
-        packed = jax.ShapeDtypeStruct((packed_size(self.shape),), jnp.int32, sharding=everywhere)
+        cache = jax.ShapeDtypeStruct(rows, jnp.bfloat16, sharding=caches)
+        packed = jax.ShapeDtypeStruct((self.data * packed_size(self.shape),), jnp.int32, sharding=by_rank(mesh))
         return mesh, (params, [cache] * self.model.num_hidden_layers, packed)
 
     def count_argument_bytes(self) -> int:
@@ -100,7 +101,7 @@ class Deployment:
         compiled = lowered.compile()
         memory = compiled.memory_analysis()
         print(
-            f"AOT step {self.topology} expert {self.expert} tensor {self.tensor}, "
+            f"AOT step {self.topology} data {self.data} expert {self.expert} tensor {self.tensor}, "
             f"{self.model.num_hidden_layers} layers: "
             f"{time.perf_counter() - started:.0f} s, arguments {memory.argument_size_in_bytes / 1e9:.2f} GB,"
             f" temporaries {memory.temp_size_in_bytes / 1e6:.0f} MB"
