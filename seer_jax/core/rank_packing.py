@@ -1,5 +1,6 @@
 """One step of all data-parallel ranks: one shape, one packed array and one output, rank after rank."""
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
@@ -61,6 +62,6 @@ def _any_truncates(runs: SequenceOf[Run]) -> bool:
     return any(truncates(run.sequence.chunk.sampling) for run in runs)
 
 
-def _largest(shapes: SequenceOf[StepShape]) -> StepShape:
+def _largest(shapes: Iterable[StepShape]) -> StepShape:
     """All ranks' programs differ in one number; mixed ones have all rows."""
     return max(shapes, key=lambda shape: (shape.num_tiles, shape.num_rows))

@@ -79,7 +79,8 @@ class Engine:
         """
         self.model_config, self.config = model_config, config
         num_ranks = count_ranks(mesh)
-        check_ranks(config, num_ranks)
+        if num_ranks > 1:
+            check_ranks(config, num_ranks)
         self.info = InstanceInfo(
             instance_id=instance_id,
             num_total_pages=config.num_pages - num_ranks,

@@ -12,6 +12,7 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import pytest
+
 from kernels_pallas.mla_attention import pad_row_width
 from seer_jax.config.schema import ShardingConfig
 from seer_jax.core.packing import packed_size
