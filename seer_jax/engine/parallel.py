@@ -79,7 +79,7 @@ def on_each_rank(step: Callable[..., Any], config: DecoderConfig, mesh: Mesh | N
         return step
 
     def of_rank(sharding: NamedSharding) -> PartitionSpec:
-        return PartitionSpec(*(RANKS if axis and RANKS in axis else None for axis in sharding.spec))
+        return PartitionSpec(*(RANKS if isinstance(axes, tuple) and RANKS in axes else None for axes in sharding.spec))
 
     weights = jax.tree.map(of_rank, place(config, jnp.float32, mesh)[0])
     return jax.shard_map(
@@ -133,8 +133,11 @@ def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> Parall
 
 
 def _divide_tokens(mlp: ExpertMLP) -> ExpertMLP:
-    """Let each device of a rank send an equal part of the rank's tokens; it is named here, or the compiler would divide
-    tokens, in place of heads and widths, everywhere else too."""
+    """Let each device of a rank send an equal part of the rank's tokens, and have all that comes back.
+
+    By name, not by `in_specs`: the compiler would take up the hint and divide tokens, in place of heads and widths,
+    everywhere else too.
+    """
 
     def run(x: Array, expert_ids: Array, weights: Array, *experts: Array) -> Array:
         part = -(-len(x) // jax.lax.axis_size(WITHIN_RANK))

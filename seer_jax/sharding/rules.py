@@ -80,9 +80,7 @@ def shardings_for(specs: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules | 
     def sharding(spec: Declaration) -> NamedSharding:
         partition = rules.partition_spec(spec.logical_axes)
         for size, logical, mesh_axis in zip(spec.shape, spec.logical_axes, partition, strict=True):
-            if mesh_axis is None:
-                continue
-            names = _names(mesh_axis)
+            names = [name for name in _names(mesh_axis or ()) if mesh.shape[name] > 1]
             ways = math.prod(mesh.shape[name] for name in names)
             if size % ways:
                 product = "" if len(names) == 1 else f" ({' x '.join(names)})"

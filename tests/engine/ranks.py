@@ -12,8 +12,10 @@ from seer_jax.config.schema import ShardingConfig, SpeculationConfig
 from seer_jax.core.events import ChunkFinished
 from seer_jax.core.types import KVHandle, RequestChunk, SamplingParams
 from seer_jax.engine.engine import Engine
+from seer_jax.engine.step_times import get_step_times
 from seer_jax.sharding import make_mesh
 from tests.engine import tiny
+from tests.engine.test_engine import count_compilations
 
 MESH = ShardingConfig(**json.loads(sys.argv[1])) if __name__ == "__main__" else ShardingConfig()
 SMALL = dataclasses.replace(tiny.CONFIG, max_model_len=32, deterministic=True)
@@ -22,12 +24,19 @@ COLD = SamplingParams(max_tokens=16, temperature=0.3)
 """Makes the random model repeat itself, so that drafts are often right."""
 
 
-def make_engine(mode: str = "off", *, sharding: ShardingConfig = MESH, instance_id: int = 0, **changes: int) -> Engine:
+def make_engine(
+    mode: str = "off",
+    *,
+    budget: str = "fixed",
+    sharding: ShardingConfig = MESH,
+    instance_id: int = 0,
+    **changes: int,
+) -> Engine:
     return Engine(
         tiny.MODEL,
         tiny.params(),
         dataclasses.replace(SMALL, **changes),
-        speculation=SpeculationConfig(mode=mode, max_draft_tokens=4, min_probability=0.0, budget="fixed"),
+        speculation=SpeculationConfig(mode=mode, max_draft_tokens=4, min_probability=0.0, budget=budget),
         instance_id=instance_id,
         mesh=make_mesh(sharding, jax.devices()),
     )
@@ -124,6 +133,26 @@ def check_moves() -> None:
         take(run(target, [next_chunk(kv)])[9])
     assert got == tiny.reference_decode(whole)[0]
     assert engine.status().num_reprefilled_tokens == 0 and plain.status().num_prefilled_tokens == 0
+
+
+def check_warmup() -> None:
+    """It compiles all that a rollout needs, and times steps of all ranks."""
+    engine = make_engine("grouped", budget="expected_gain", num_pages=MESH.data * 13)
+    engine.warmup()
+    times = get_step_times(engine.programs(truncates=False), None)
+    assert times.plain_sizes == (SMALL.max_num_seqs,) and times.verify_sizes == (MESH.data * 2 * 5,)
+    chunks = [tiny.chunk(tiny.prompt(i // 2, 9), index=i, max_chunk=6, max_tokens=12) for i in range(6)]
+
+    def run_all() -> None:
+        for event in run(engine, chunks).values():
+            known = np.concatenate([chunks[event.request_id.index].token_ids, event.token_ids])
+            engine.submit(
+                tiny.chunk(known, num_prompt=9, index=event.request_id.index, chunk_index=1, max_tokens=12, kv=event.kv)
+            )
+        tiny.drain(engine)
+
+    assert count_compilations(run_all) == 0
+    assert engine.status().num_imported_tokens > 0
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")}
