@@ -56,7 +56,7 @@ def count_ranks(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape[RANKS]
 
 
-def place(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh | None) -> tuple[Any, Any]:
+def place(config: DecoderConfig, dtype: Any, mesh: Mesh | None) -> tuple[Any, Any]:
     """Where weights, and caches [pages, page size, width], lie: as `jax.device_put` takes it, None = anywhere.
 
     Raises:
