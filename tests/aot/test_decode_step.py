@@ -178,13 +178,13 @@ def test_moonlight_with_eight_ranks_has_an_eighth_of_the_cache_on_a_chip_and_exc
 
 def test_ranks_with_tensor_parallelism_inside_divide_heads_and_not_tokens():
     """Over "tensor" the sums and permutes of `expected_collectives`, each of a rank's slots; the experts as above."""
-    deployment = dataclasses.replace(with_layers(MOONLIGHT_STEP, 2), data=4, expert=1, tensor=2)
+    deployment = dataclasses.replace(with_layers(MOONLIGHT_STEP, 2), data=2, expert=1, tensor=4)
     text, compiled = deployment.compile()
     check_kernels_and_memory(deployment, text, compiled)
     exchanged = {("all-gather", SLOTS * 6 * 4): 2, ("ragged-all-to-all", SLOTS * 2048 * 2): 2, ("all-reduce", 4): 2}
-    exchanged["all-gather", SLOTS // 4 * 2048 * 2] = 1  # What came back, to both chips of a rank.
+    exchanged["all-gather", SLOTS // 2 * 2048 * 2] = 1  # What came back, to all chips of a rank.
     sums = expected_collectives(deployment)
-    sums["all-reduce", SLOTS // 4 * 2048 * 2] -= 1  # The experts'.
+    sums["all-reduce", SLOTS // 2 * 2048 * 2] -= 1  # The experts'.
     assert count_collectives(compiled) == sums + Counter(exchanged)
 
 
