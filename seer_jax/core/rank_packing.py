@@ -14,8 +14,8 @@ def pick_shape(buckets: StepBuckets, rows: SequenceOf[Run], slices: SequenceOf[R
     """The smallest shape that holds the decode rows and prompt slices of every rank."""
     truncating = _any_truncates([*rows, *slices])
     return _largest(
-        buckets.pick(len(_of_rank(rows, rank)), map(_count, _of_rank(slices, rank)), truncating)
-        for rank in range(buckets.num_ranks)
+        buckets.pick(len(of_rows), map(_count, of_slices), truncating)
+        for of_rows, of_slices in _by_rank(buckets.num_ranks, rows, slices)
     )
 
 
@@ -23,7 +23,7 @@ def pick_verify_shape(buckets: StepBuckets, runs: SequenceOf[Run]) -> StepShape:
     """The smallest shape that verifies the runs of every rank."""
     truncating = _any_truncates(runs)
     return _largest(
-        buckets.pick_verify(map(_count, _of_rank(runs, rank)), truncating) for rank in range(buckets.num_ranks)
+        buckets.pick_verify(map(_count, of_runs), truncating) for (of_runs,) in _by_rank(buckets.num_ranks, runs)
     )
 
 
@@ -31,27 +31,30 @@ def pack_ranks(
     rows: SequenceOf[Run], tiles: SequenceOf[Run], shape: StepShape, num_steps: int, buckets: StepBuckets
 ) -> np.ndarray:
     """`pack` for every rank; a rank's block tables hold page numbers of its own part of the cache."""
+    parts = _by_rank(buckets.num_ranks, rows, tiles)
     return np.concatenate(
-        [
-            pack(_of_rank(rows, rank), _of_rank(tiles, rank), shape, num_steps, rank * buckets.rank_pages)
-            for rank in range(buckets.num_ranks)
-        ]
+        [pack(*runs, shape, num_steps, first_page=rank * buckets.rank_pages) for rank, runs in enumerate(parts)]
     )
 
 
 def unpack_ranks(
     outputs: np.ndarray, rows: SequenceOf[Run], tiles: SequenceOf[Run], shape: StepShape, buckets: StepBuckets
 ) -> tuple[int, dict[Sequence, NewTokens]]:
-    """Steps run, and what each sequence that drew a token says, in the order of the runs."""
+    """Steps run, and what each sequence that drew a token says."""
     steps, emitted = 0, {}
-    for rank, part in enumerate(outputs.reshape(buckets.num_ranks, -1)):
-        steps, said = unpack_outputs(part, shape)
-        emitted |= {run.sequence: new for run, new in zip(_of_rank([*rows, *tiles], rank), said, strict=False)}
-    return steps, {run.sequence: emitted[run.sequence] for run in (*rows, *tiles) if run.samples}
+    parts = _by_rank(buckets.num_ranks, rows, tiles)
+    for output, (of_rows, of_tiles) in zip(outputs.reshape(buckets.num_ranks, -1), parts, strict=True):
+        steps, said = unpack_outputs(output, shape)
+        runs = (*of_rows, *of_tiles)
+        emitted |= {run.sequence: new for run, new in zip(runs, said, strict=False) if run.samples}
+    return steps, emitted
 
 
-def _of_rank(runs: SequenceOf[Run], rank: int) -> list[Run]:
-    return [run for run in runs if run.sequence.rank == rank]
+def _by_rank(num_ranks: int, *kinds: SequenceOf[Run]) -> SequenceOf[tuple[SequenceOf[Run], ...]]:
+    """The runs of each rank, kinds apart."""
+    if num_ranks == 1:
+        return [kinds]
+    return [tuple([run for run in runs if run.sequence.rank == rank] for runs in kinds) for rank in range(num_ranks)]
 
 
 def _count(run: Run) -> int:

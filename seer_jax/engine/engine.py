@@ -214,7 +214,7 @@ class Engine:
         device_time_s = self._device_time_s
         emitted = self._launch([], runs, shape, 1) if shape.num_tiles else self._launch(runs, [], shape, 1)
         self._verify_time_s += self._device_time_s - device_time_s
-        said = [new.token_ids for new in emitted.values()]
+        said = [emitted[sequence].token_ids for sequence in proposal.sequences]
         self.speculator.learn(proposal, said, time.perf_counter() - started)
         self._num_drafted_tokens += int(proposal.num_nodes.sum())
         self._num_accepted_tokens += sum(map(len, said)) - len(runs)

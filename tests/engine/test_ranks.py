@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MESHES = {"data 2": ShardingConfig(data=2), "data 2 x tensor 2": ShardingConfig(data=2, tensor=2)}
 
 
-@pytest.fixture(scope="module", params=MESHES)
+@pytest.fixture(scope="module", params=[pytest.param("data 2", marks=pytest.mark.slow), "data 2 x tensor 2"])
 def outcomes(request: pytest.FixtureRequest) -> dict[str, str]:
     """What went wrong in each check, run in a process with as many devices as the mesh has."""
     mesh = MESHES[request.param]
