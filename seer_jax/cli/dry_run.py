@@ -68,7 +68,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "kvpool_backend": config.kvpool.backend,
         **({"mooncake_master": config.kvpool.mooncake_master} if config.kvpool.backend == "mooncake" else {}),
         "pages_per_instance": engine.num_pages,
-        "kv_tokens_per_instance": (engine.num_pages - 1) * engine.page_size,
+        "kv_tokens_per_instance": (engine.num_pages - config.sharding.data) * engine.page_size,
         "kv_bytes_per_token": kv_bytes_per_token,
         "kv_bytes_per_instance": engine.num_pages * engine.page_size * kv_bytes_per_token,
     }

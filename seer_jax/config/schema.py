@@ -90,15 +90,15 @@ class EngineConfig:
     """One inference engine."""
 
     max_num_seqs: int = 16
-    """Slots: requests decoded together."""
+    """Slots: requests decoded together, on all ranks (`sharding.data`)."""
     max_model_len: int = 1024
     """Longest prompt plus response, in tokens."""
     page_size: int = 16
     """Tokens per KV page."""
     num_pages: int = 1024
-    """KV pages of an instance; num_pages x page_size tokens fit."""
+    """KV pages of an instance, all ranks together; num_pages x page_size tokens fit, less a page of each rank."""
     max_prefill_tokens: int = 256
-    """Prompt tokens computed per step at most, beside the decoding rows."""
+    """Prompt tokens computed per step at most, beside the decoding rows, on all ranks."""
     prefill_tile: int = 16
     """Query tokens of one request that attend together during prefill."""
     max_steps_per_dispatch: int = 32
@@ -150,11 +150,13 @@ class ShardingConfig:
     """Mesh of one instance; the product of the axes is its number of devices."""
 
     data: int = 1
-    """Replicas of attention that share the experts; 1 for now, an instance's rows and cache are not split yet."""
+    """Ranks of data-parallel attention: each has requests and a KV cache of its own, a `data`-th of `engine.num_pages`,
+    `max_num_seqs` and `max_prefill_tokens`. Experts are spread over all devices of the mesh."""
     expert: int = 1
-    """Devices that the experts are spread over."""
+    """Devices of a rank that experts are spread over; each holds all of the rank's cache and computes all of its
+    attention, so `data` is better wherever there are enough requests."""
     tensor: int = 1
-    """Devices that heads and hidden widths are spread over."""
+    """Devices of a rank that heads and hidden widths are spread over, and experts too."""
 
 
 @dataclass(frozen=True, kw_only=True)

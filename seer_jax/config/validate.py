@@ -5,7 +5,7 @@ import string
 from pathlib import Path
 
 from seer_jax.config.decode import iterate_settings
-from seer_jax.config.schema import KVPoolConfig, RunConfig
+from seer_jax.config.schema import EngineConfig, KVPoolConfig, RunConfig
 from seer_jax.core.errors import CapacityError, ConfigError
 
 AT_LEAST = {
@@ -83,7 +83,7 @@ MAX_PORT = 65_535
 MIN_MOONCAKE_SEGMENT_MIB = 16
 """`kvpool.mooncake_client.MIN_SEGMENT_BYTES`, which this layer must not import."""
 RESERVED_PAGES = 1
-"""Page 0 takes the writes of padding rows and is never handed out."""
+"""The first page of each rank takes the writes of padding rows and is never handed out."""
 
 
 def validate(config: RunConfig, *, training: bool) -> None:
@@ -95,7 +95,7 @@ def validate(config: RunConfig, *, training: bool) -> None:
 
     Raises:
         ConfigError: Names the setting, its value and the fix.
-        CapacityError: One request can never fit in the pages of an instance.
+        CapacityError: One request can never fit in the pages of an instance, or of one of its ranks.
     """
     _check_ranges(config)
     _check_lengths(config)
@@ -112,9 +112,6 @@ def _check_ranges(config: RunConfig) -> None:
             raise ConfigError(path, f"is {value}", f"give at least {AT_LEAST[path]}")
         if path in ABOVE_ZERO and value <= 0:
             raise ConfigError(path, f"is {value}", "give a number above 0")
-    if config.sharding.data > 1:
-        problem = f"is {config.sharding.data}, but rows and cache of an instance are not split over it yet"
-        raise ConfigError("sharding.data", problem, "raise rollout.instances instead")
     rollout = config.rollout
     if rollout.min_instances > rollout.instances:
         problem = f"is {rollout.min_instances}, above rollout.instances={rollout.instances}"
@@ -186,21 +183,37 @@ def _check_lengths(config: RunConfig) -> None:
         problem = f"is {sampling.max_tokens}, so no prompt fits in engine.max_model_len={engine.max_model_len} as well"
         fix = f"give at most {engine.max_model_len - 1}, or raise engine.max_model_len"
         raise ConfigError("sampling.max_tokens", problem, fix)
-    if engine.prefill_tile > engine.max_prefill_tokens:
+    check_ranks(engine, config.sharding.data)
+
+
+def check_ranks(engine: EngineConfig, num_ranks: int) -> None:
+    """Check that the data-parallel ranks of an engine, each with its share of slots, pages and prefill, can work.
+
+    Raises:
+        ConfigError: The ranks' shares are not equal, or too small.
+        CapacityError: One request can never fit in the pages of a rank.
+    """
+    for name in ("max_num_seqs", "num_pages"):
+        if getattr(engine, name) % num_ranks:
+            problem = f"is {getattr(engine, name)}, which {num_ranks} ranks cannot share equally"
+            raise ConfigError(f"engine.{name}", problem, f"give a multiple of sharding.data={num_ranks}")
+    of_rank = f" / sharding.data={num_ranks}" if num_ranks > 1 else ""
+    if engine.prefill_tile > engine.max_prefill_tokens // num_ranks:
         raise ConfigError(
             "engine.prefill_tile",
-            f"is {engine.prefill_tile}, above engine.max_prefill_tokens={engine.max_prefill_tokens}",
+            f"is {engine.prefill_tile}, above engine.max_prefill_tokens={engine.max_prefill_tokens}{of_rank}",
             "a tile must fit in one step's prefill",
         )
-    needed, usable = math.ceil(engine.max_model_len / engine.page_size), engine.num_pages - RESERVED_PAGES
+    needed, usable = math.ceil(engine.max_model_len / engine.page_size), engine.num_pages // num_ranks - RESERVED_PAGES
     if needed > usable:
         raise CapacityError(
-            f"engine.num_pages: is {engine.num_pages}, but one request of engine.max_model_len={engine.max_model_len} "
-            f"tokens in pages of {engine.page_size}",
+            f"engine.num_pages: is {engine.num_pages}{of_rank}, but one request of "
+            f"engine.max_model_len={engine.max_model_len} tokens in pages of {engine.page_size}",
             needed,
             usable,
             "pages",
-            f"give at least {needed + RESERVED_PAGES}, or lower engine.max_model_len; page 0 is reserved",
+            f"give at least {num_ranks * (needed + RESERVED_PAGES)}, or lower engine.max_model_len; "
+            f"{'page 0' if num_ranks == 1 else 'a page of each rank'} is reserved",
         )
 
 

@@ -5,31 +5,18 @@ never preempted) and chunks that grow on demand (the baseline: the youngest is p
 """
 
 import bisect
-from collections import OrderedDict
-from collections.abc import Container
+from collections import ChainMap, Counter
+from collections.abc import Container, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
 
 from seer_jax.core.errors import ProtocolError
-from seer_jax.core.kv.page_pool import PagePool
-from seer_jax.core.kv.shared_prompts import SharedPrompt, SharedPrompts
+from seer_jax.core.kv.page_pool import PagePool, pages_for_tokens
+from seer_jax.core.kv.rank_pages import ParkedKV, RankPages
 from seer_jax.core.sequence import NewTokens, Sequence
-from seer_jax.core.types import InstanceInfo, InstanceStatus, RequestChunk, RequestId, TokenIds
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParkedKV:
-    """Pages that a paused request left on the instance, for its next chunk: the KV of its first tokens.
-
-    `pages` are in order of position, the first may be `prompt`'s; `priority` is that of the chunk that ended.
-    """
-
-    pages: list[int]
-    token_ids: TokenIds
-    priority: int = 0
-    prompt: SharedPrompt | None = None
+from seer_jax.core.types import InstanceInfo, InstanceStatus, RequestChunk, RequestId
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +49,14 @@ class StepPlan:
     num_steps: int
     copies: SequenceOf[tuple[int, int]] = ()
 
+    @property
+    def num_prefilled(self) -> int:
+        """Prompt tokens of the rank that computes most of them."""
+        by_rank = Counter()
+        for piece in self.prefills:
+            by_rank[piece.sequence.rank] += piece.count
+        return max(by_rank.values(), default=0)
+
 
 class BatchPlanner:
     """Admits chunks, hands out pages, plans steps, books results.
@@ -70,34 +65,47 @@ class BatchPlanner:
     Requests of a group have the full pages of their prompt in common and write into none of them but to compute them;
     the rest of the prompt is copied from a sibling that runs at the same time instead of computing it again.
 
+    With data-parallel attention an instance has several ranks, each with its share of the slots, of the pages and of a
+    step's prefill; a request keeps to the one that admitted it. `core.kv.rank_pages` keeps the books of a rank's pages.
+
     Attributes:
-        parked: KV of paused requests, in order of eviction: the one parked longest first, except that the first in the
-            queue keeps its own to the last. Its pages count as free: whoever needs them gets them.
+        ranks: Rank r has the pages from r times a rank's pages on, the first of which is never handed out.
+        parked: KV of paused requests on all ranks. On each the one parked longest is evicted first, except that the
+            first in the queue keeps its own to the last.
         evicted: Parked KV whose pages were given away since the caller last emptied this list. Their content is intact
             until the next import, copy or step.
 
-    Invariants: a page is free, parked, owned by one running sequence or by a prompt (`SharedPrompts`); a sequence with
-    reserved pages is never preempted; a running sequence has a page for every position that the planned steps write.
+    Invariants: those of `RankPages`; a sequence with reserved pages is never preempted; a running sequence has a page
+    for every position that the planned steps write.
     """
 
     def __init__(
-        self, info: InstanceInfo, *, max_prefill_tokens: int, prefill_tile: int, max_steps_per_dispatch: int
+        self,
+        info: InstanceInfo,
+        *,
+        max_prefill_tokens: int,
+        prefill_tile: int,
+        max_steps_per_dispatch: int,
+        num_ranks: int = 1,
     ) -> None:
         """Start empty.
 
         Args:
-            info: Capacity of the instance.
-            max_prefill_tokens: Prefill tokens per step at most, every slice rounded up to whole tiles.
+            info: Capacity of the instance, all ranks together.
+            max_prefill_tokens: Prefill tokens of a rank per step at most, every slice rounded up to whole tiles.
             prefill_tile: Tokens per prefill tile.
             max_steps_per_dispatch: Decode steps per dispatch at most.
+            num_ranks: Data-parallel ranks; divides slots and pages.
         """
         self.info = info
-        self.pool = PagePool(info.num_total_pages + 1, info.page_size)  # + the garbage page
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.parked: OrderedDict[RequestId, ParkedKV] = OrderedDict()
         self.evicted: list[tuple[RequestId, ParkedKV]] = []
-        self._prompts = SharedPrompts(self.pool)
+        rank_pages = info.num_total_pages // num_ranks + 1  # + the garbage page
+        pools = (PagePool(rank_pages, info.page_size, rank * rank_pages) for rank in range(num_ranks))
+        self.ranks = [RankPages(pool, self.evicted) for pool in pools]
+        self.parked: Mapping[RequestId, ParkedKV] = ChainMap(*(rank.parked for rank in self.ranks))
+        self._rank_slots = info.max_num_seqs // num_ranks
         self.max_prefill_tokens, self.prefill_tile = max_prefill_tokens, prefill_tile
         self.max_steps_per_dispatch = max_steps_per_dispatch
         self._arrivals = 0
@@ -111,34 +119,17 @@ class BatchPlanner:
     def admit(self) -> list[Sequence]:
         """Move waiting sequences into free slots while their pages last, in order; the first that does not fit blocks.
 
+        A sequence goes where its KV is parked, or else, and where that rank has no room, to the one with most room.
+
         Returns:
             The admitted; their `num_computed` is what was parked here, and may be raised by whoever imports their KV.
         """
         admitted = []
-        while self.waiting and len(self.running) < self.info.max_num_seqs:
-            sequence = self.waiting[0]
-            num_pages = sequence.chunk.num_reserved_pages or self.pool.pages_for(sequence.num_tokens)
-            # Growing sequences leave a hundredth of the pages free, as in vLLM, or they preempt each other at once.
-            spare = 0 if sequence.chunk.num_reserved_pages or not self.running else 1 + self.pool.num_total_pages // 100
-            request_id = sequence.chunk.request_id
-            parked = self.parked.pop(request_id, None)
-            prompt = parked.prompt if parked else self._prompts.find(sequence.chunk)
-            pages = parked.pages if parked else prompt.pages if prompt else []
-            if prompt:
-                prompt.num_running += 1  # So that nobody gets its pages.
-            num_missing = num_pages - len(pages)
-            if not self._make_room(num_missing + spare):
-                if prompt:
-                    prompt.num_running -= 1
-                if parked:
-                    self.parked[request_id] = parked
-                break
-            self.waiting.pop(0)
-            sequence.pages = pages + self.pool.allocate(num_missing)
-            sequence.prompt = prompt or (None if parked else self._prompts.start(sequence.chunk, sequence.pages))
+        while self.waiting and (rank := self._find_rank(self.waiting[0])) is not None:
+            sequence = self.waiting.pop(0)
+            sequence.rank = rank
+            parked = self.ranks[rank].start(sequence, *self._num_pages(sequence, self.ranks[rank]))
             self._note_present(sequence, parked)
-            if parked and prompt:
-                self._prompts.leave(prompt, was_running=False)
             self.running.append(sequence)
             admitted.append(sequence)
         self._note_usage()
@@ -147,7 +138,8 @@ class BatchPlanner:
     def plan(self) -> StepPlan | None:
         """Plan the next dispatch; None when nothing runs. May preempt growing sequences, youngest first."""
         num_steps = self._grow_pages()
-        decodes, prefills, budget, is_prefilling = [], [], self.max_prefill_tokens, False
+        decodes, prefills, is_prefilling = [], [], False
+        budgets = [self.max_prefill_tokens for _ in self.ranks]
         copied: dict[Sequence, list[tuple[int, int]]] = {}
         for sequence in self.running:
             leader = self._find_prompt_leader(sequence, copied)
@@ -159,11 +151,11 @@ class BatchPlanner:
             if sequence.num_pending == 1:
                 decodes.append(sequence)
                 continue
-            count = min(sequence.num_pending, budget)
+            count = min(sequence.num_pending, budgets[sequence.rank])
             is_prefilling |= count < sequence.num_pending
             if count:
                 prefills.append(PrefillSlice(sequence=sequence, start=sequence.num_computed, count=count))
-                budget -= -(-count // self.prefill_tile) * self.prefill_tile
+                budgets[sequence.rank] -= -(-count // self.prefill_tile) * self.prefill_tile
         if not decodes and not prefills:
             return None
         copies = [copy for pages in copied.values() for copy in pages]
@@ -196,29 +188,20 @@ class BatchPlanner:
     def release(self, sequence: Sequence) -> None:
         """Free the pages of a finished sequence."""
         self._retire(sequence)
-        self._free(sequence)
+        self.ranks[sequence.rank].free(sequence)
 
     def park(self, sequence: Sequence) -> None:
         """Release a sequence whose request goes on later; its KV stays while nobody needs the pages."""
         self._retire(sequence)
-        used, prompt = self.pool.pages_for(sequence.num_computed), sequence.prompt
-        if prompt:
-            prompt.num_parked += 1
-        kept, sequence.pages = sequence.pages[:used], sequence.pages[: _num_shared(prompt)] + sequence.pages[used:]
-        self.parked[sequence.chunk.request_id] = ParkedKV(
-            pages=kept,
-            token_ids=sequence.token_ids[: sequence.num_computed],
-            priority=sequence.chunk.priority,
-            prompt=prompt,
-        )
-        self._free(sequence)
+        self.ranks[sequence.rank].park(sequence)
 
     def unpark(self, request_id: RequestId) -> ParkedKV | None:
         """Give up a request's parked KV; the pages are free, their content is intact until something is written."""
-        parked = self.parked.pop(request_id, None)
-        if parked is not None:
-            self._leave(parked.pages, parked.prompt, was_running=False)
-        return parked
+        return next((parked for rank in self.ranks if (parked := rank.unpark(request_id))), None)
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Count the pages that hold `num_tokens` tokens of one request."""
+        return pages_for_tokens(num_tokens, self.info.page_size)
 
     def status(self, **measured: float | int) -> InstanceStatus:
         """Telemetry for the driver and displays; `measured` adds what only the engine knows (times, steps)."""
@@ -227,14 +210,14 @@ class BatchPlanner:
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             num_free_pages=self._num_available_pages,
-            num_total_pages=self.pool.num_total_pages,
+            num_total_pages=self.info.num_total_pages,
             num_generated_tokens=self.num_generated_tokens,
             num_prefilled_tokens=self.num_prefilled_tokens,
             num_reprefilled_tokens=self.num_reprefilled_tokens,
             num_shared_tokens=self.num_shared_tokens,
             num_imported_tokens=self.num_imported_tokens,
             num_preemptions=self.num_preemptions,
-            max_kv_utilization=self.max_used_pages / self.pool.num_total_pages,
+            max_kv_utilization=self.max_used_pages / self.info.num_total_pages,
             **measured,
         )
 
@@ -251,23 +234,59 @@ class BatchPlanner:
         """Give growing sequences pages for the coming steps; returns how many steps all can take."""
         growing = [s for s in self.running if not s.chunk.num_reserved_pages]
         for sequence in sorted(growing, key=lambda s: s.order):
-            while sequence in self.running and not self._make_room(self._num_missing(sequence, 1)):
-                self._preempt(max((s for s in self.running if not s.chunk.num_reserved_pages), key=lambda s: s.order))
+            rank = self.ranks[sequence.rank]
+            while sequence in self.running and not rank.has_room(self._num_missing(sequence, 1)):
+                others = (s for s in self.running if s.rank == sequence.rank and not s.chunk.num_reserved_pages)
+                self._preempt(max(others, key=lambda s: s.order))
             if sequence in self.running:
-                sequence.pages += self.pool.allocate(self._num_missing(sequence, 1))
+                sequence.pages += rank.allocate(self._num_missing(sequence, 1))
         growing = [s for s in growing if s in self.running]
         num_steps = self.max_steps_per_dispatch
-        while num_steps > 1 and not self._make_room(sum(self._num_missing(s, num_steps) for s in growing)):
+        while num_steps > 1 and not self._have_room(growing, num_steps):
             num_steps //= 2
         for sequence in growing:
-            sequence.pages += self.pool.allocate(self._num_missing(sequence, num_steps))
+            sequence.pages += self.ranks[sequence.rank].allocate(self._num_missing(sequence, num_steps))
         self._note_usage()
         return num_steps
+
+    def _have_room(self, growing: SequenceOf[Sequence], num_steps: int) -> bool:
+        """Whether all growing sequences can have pages for so many steps."""
+        missing = [0 for _ in self.ranks]
+        for sequence in growing:
+            missing[sequence.rank] += self._num_missing(sequence, num_steps)
+        return all(rank.has_room(count) for rank, count in zip(self.ranks, missing, strict=True))
 
     def _num_missing(self, sequence: Sequence, num_steps: int) -> int:
         """Pages that `num_steps` decode steps write beyond those owned; step k writes position num_tokens + k - 2."""
         last = min(sequence.num_tokens + num_steps - 1, sequence.limit)
-        return max(0, self.pool.pages_for(last) - len(sequence.pages))
+        return max(0, self.pages_for(last) - len(sequence.pages))
+
+    def _num_pages(self, sequence: Sequence, rank: RankPages) -> tuple[int, int]:
+        """Pages that a sequence gets at admission to a rank, and pages that must stay free."""
+        if sequence.chunk.num_reserved_pages:
+            return sequence.chunk.num_reserved_pages, 0
+        # Growing sequences leave a hundredth of the pages free, as in vLLM, or they preempt each other at once.
+        return self.pages_for(sequence.num_tokens), 1 + rank.pool.num_total_pages // 100 if rank.num_running else 0
+
+    def _find_rank(self, sequence: Sequence) -> int | None:
+        """Choose where the first in the queue runs; None if it has to wait."""
+        request_id = sequence.chunk.request_id
+        choices = []
+        for index, rank in enumerate(self.ranks):
+            if rank.num_running == self._rank_slots:
+                continue
+            room = rank.room_for(sequence.chunk)
+            if sum(self._num_pages(sequence, rank)) <= room:
+                choices.append((request_id in rank.parked, room, -index))
+            elif request_id in rank.parked:
+                rank.parked.move_to_end(request_id)
+        if not choices:
+            return None
+        is_home, _, index = max(choices)
+        if not is_home:
+            for rank in self.ranks:
+                rank.evict(request_id)
+        return -index
 
     def _find_prompt_leader(self, sequence: Sequence, excluded: Container[Sequence]) -> Sequence:
         """Return the sibling that is furthest with the prompt that a sequence still lacks; itself if none is ahead."""
@@ -277,7 +296,8 @@ class BatchPlanner:
         siblings = [
             other
             for other in self.running
-            if other.chunk.request_id.group_id == sequence.chunk.request_id.group_id
+            if other.rank == sequence.rank
+            and other.chunk.request_id.group_id == sequence.chunk.request_id.group_id
             and other not in excluded
             and np.array_equal(other.token_ids[: min(len(prompt), other.num_tokens)], prompt)
         ]
@@ -286,7 +306,7 @@ class BatchPlanner:
     def _copy_prompt(self, leader: Sequence, sequence: Sequence) -> list[tuple[int, int]]:
         """Take over a sibling's prompt KV; returns the pages to copy. Tokens past the prompt are overwritten later."""
         count = sequence.num_sharable
-        num_pages = self.pool.pages_for(count)
+        num_pages = self.pages_for(count)
         self.num_shared_tokens += count - sequence.num_computed
         sequence.note_kv(count)
         pairs = zip(leader.pages[:num_pages], sequence.pages[:num_pages], strict=True)
@@ -306,7 +326,7 @@ class BatchPlanner:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._free(sequence)
+        self.ranks[sequence.rank].free(sequence)
         sequence.num_lost = max(sequence.num_lost, sequence.num_computed)
         sequence.num_computed = 0
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
@@ -317,33 +337,9 @@ class BatchPlanner:
             raise ProtocolError(f"{sequence.chunk.request_id} still runs")
         self.running.remove(sequence)
 
-    def _free(self, sequence: Sequence) -> None:
-        self._leave(sequence.pages, sequence.prompt, was_running=True)
-        sequence.pages, sequence.prompt = [], None
-
-    def _leave(self, pages: list[int], prompt: SharedPrompt | None, *, was_running: bool) -> None:
-        self.pool.free(pages[_num_shared(prompt) :])
-        if prompt:
-            self._prompts.leave(prompt, was_running=was_running)
-
     @property
     def _num_available_pages(self) -> int:
-        own = sum(len(parked.pages) - _num_shared(parked.prompt) for parked in self.parked.values())
-        return self.pool.num_free_pages + self._prompts.num_idle_pages + own
-
-    def _make_room(self, num_pages: int) -> bool:
-        """Evict parked KV, the oldest first, until so many pages are free; False if not even all of it would do."""
-        if num_pages > self.pool.num_free_pages and num_pages > self._num_available_pages:
-            return False
-        while num_pages > self.pool.num_free_pages:
-            request_id, parked = self.parked.popitem(last=False)
-            self._leave(parked.pages, parked.prompt, was_running=False)
-            self.evicted.append((request_id, parked))
-        return True
+        return sum(rank.num_available_pages for rank in self.ranks)
 
     def _note_usage(self) -> None:
-        self.max_used_pages = max(self.max_used_pages, self.pool.num_total_pages - self._num_available_pages)
-
-
-def _num_shared(prompt: SharedPrompt | None) -> int:
-    return len(prompt.pages) if prompt else 0
+        self.max_used_pages = max(self.max_used_pages, self.info.num_total_pages - self._num_available_pages)

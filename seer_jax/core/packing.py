@@ -79,14 +79,17 @@ def _slice(sequence: Sequence, start: int, stop: int, *, samples: bool) -> Run:
     return Run(sequence=sequence, start=start, token_ids=sequence.token_ids[start:stop], samples=samples)
 
 
-def pack(rows: SequenceOf[Run], tiles: SequenceOf[Run], shape: StepShape, num_steps: int) -> np.ndarray:
-    """Write runs into a packed array.
+def pack(
+    rows: SequenceOf[Run], tiles: SequenceOf[Run], shape: StepShape, num_steps: int, first_page: int = 0
+) -> np.ndarray:
+    """Write runs of one rank into a packed array.
 
     Args:
         rows: Runs whose tokens become rows, `shape.num_rows` tokens at most.
         tiles: Runs whose tokens fill tiles, `shape.num_tiles` at most.
         shape: The bucket; holds all requests.
         num_steps: Decode steps to run at most.
+        first_page: The rank's first page, from which its block tables count.
 
     Returns:
         int32 [packed_size(shape)]; request i is the i-th run, those of rows first.
@@ -102,7 +105,7 @@ def pack(rows: SequenceOf[Run], tiles: SequenceOf[Run], shape: StepShape, num_st
     for index, run in enumerate((*rows, *tiles)):
         if index == len(rows):
             place = shape.num_rows
-        _write_request(requests[index], floats[index], run, shape.num_pages)
+        _write_request(requests[index], floats[index], run, shape.num_pages, first_page)
         count = len(run.token_ids)
         _write_tokens(tokens[place : place + count], run, index, place, shape)
         last_tokens[index] = place + count - 1 if run.samples else -1
@@ -140,7 +143,7 @@ def unpack_outputs(outputs: np.ndarray, shape: StepShape) -> tuple[int, list[New
     return int(outputs[0]), [NewTokens(token_ids[i, :n], logprobs[i, :n], experts[i, :n]) for i, n in enumerate(counts)]
 
 
-def _write_request(line: np.ndarray, floats: np.ndarray, run: Run, num_pages: int) -> None:
+def _write_request(line: np.ndarray, floats: np.ndarray, run: Run, num_pages: int, first_page: int) -> None:
     sequence = run.sequence
     sampling, key = sequence.chunk.sampling, sequence.chunk.sampling_key
     line[FIRST_POSITION : TOP_K + 1] = (
@@ -152,7 +155,7 @@ def _write_request(line: np.ndarray, floats: np.ndarray, run: Run, num_pages: in
     )
     floats[TEMPERATURE : TOP_P + 1] = sampling.temperature, sampling.top_p
     line[STOP_IDS : STOP_IDS + len(sampling.stop_token_ids)] = sampling.stop_token_ids
-    pages = sequence.pages[:num_pages]
+    pages = [page - first_page for page in sequence.pages[:num_pages]] if first_page else sequence.pages[:num_pages]
     line[NUM_FIELDS : NUM_FIELDS + len(pages)] = pages
 
 

@@ -38,6 +38,7 @@ class Sequence:
         num_computed: Leading tokens whose KV lies in `pages`. The newest token's KV is never computed yet.
         pages: KV pages, in order of position; the first of them are `prompt`'s.
         prompt: What it shares with siblings; None = nothing.
+        rank: Data-parallel rank that has the pages.
     """
 
     chunk: RequestChunk
@@ -51,6 +52,7 @@ class Sequence:
     """Tokens whose KV existed once and must be computed again, after a preemption or a missed import."""
     pages: list[int] = field(default_factory=list)
     prompt: SharedPrompt | None = None
+    rank: int = 0
 
     def __post_init__(self) -> None:
         start = len(self.chunk.token_ids)

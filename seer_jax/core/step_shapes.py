@@ -16,7 +16,7 @@ VERIFY_TOKENS_PER_SLOT = 4
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """The static shape of a step program.
+    """The static shape of a step program on each data-parallel rank.
 
     Attributes:
         num_requests: Requests.
@@ -50,16 +50,25 @@ class StepShape:
 class StepBuckets:
     """The step shapes that an engine compiles, and the choice among them.
 
+    Data-parallel ranks run the same program at the same time, each for its own requests.
     Decode programs come in a few numbers of rows; mixed programs always have all rows and come in a few numbers of
     tiles; programs that verify come in a few numbers of tokens. Context lengths need no buckets: attention does the
     work of the context that is there. In the deterministic mode there is one shape, so that every token of every
     request is computed by the same program.
 
     Args:
-        config: Slots, pages, prefill.
+        config: Slots, pages, prefill; of all ranks together.
         speculation: Drafts; `mode` "off" needs no programs that verify.
         verify_tile: Query tokens of one request that attend together during verification.
         expert_ids: See `StepShape`.
+        num_ranks: Data-parallel ranks.
+
+    Attributes:
+        num_ranks: As given.
+        rank_pages: KV pages of a rank.
+        num_slots: Of a rank.
+        max_prefill_tokens: Of a rank, in a step.
+        max_verify_tokens: Of all ranks together, in a step. A rank has room for a full draft of each of its slots.
     """
 
     def __init__(
@@ -68,28 +77,36 @@ class StepBuckets:
         speculation: SpeculationConfig,
         verify_tile: int = 1,
         expert_ids: tuple[int, int] | None = None,
+        num_ranks: int = 1,
     ) -> None:
         self._expert_ids = expert_ids
+        self.num_ranks, self.rank_pages = num_ranks, config.num_pages // num_ranks
         self.max_pages = pages_for_tokens(config.max_model_len, config.page_size)
-        self.num_slots = num_slots = config.max_num_seqs
+        self.num_slots = num_slots = config.max_num_seqs // num_ranks
+        max_prefill_tokens = config.max_prefill_tokens // num_ranks
         self._verifies = speculation.mode != "off"
         self._is_deterministic = config.deterministic
         self._has_trees = speculation.mode == "grouped_tree"
         self._depth = speculation.max_draft_tokens
         if config.deterministic:
             self.tile = self.verify_tile = 1
-            self.max_prefill_tokens = min(config.max_prefill_tokens, num_slots)
-            self.max_verify_tokens = num_slots + self.max_prefill_tokens
+            self.max_prefill_tokens = min(max_prefill_tokens, num_slots)
+            self._num_rows = num_slots + self.max_prefill_tokens
+            if self._verifies and num_ranks > 1:
+                self._num_rows = max(self._num_rows, num_slots * (1 + self._depth))
+            self.max_verify_tokens = num_ranks * self._num_rows
             return
         self.tile, self.verify_tile = config.prefill_tile, verify_tile
-        max_tiles = pages_for_tokens(config.max_prefill_tokens, self.tile)
+        max_tiles = pages_for_tokens(max_prefill_tokens, self.tile)
         self.max_prefill_tokens = max_tiles * self.tile
         self._rows = geometric_buckets(min(SMALLEST_BUCKET, num_slots), num_slots)
         self._tiles = geometric_buckets(min(SMALLEST_BUCKET, max_tiles), max_tiles)
         tiles_per_slot = pages_for_tokens(1 + speculation.max_draft_tokens, verify_tile)
-        most = (speculation.max_verify_tokens or VERIFY_TOKENS_PER_SLOT * num_slots) // verify_tile
-        self._verify = fine_buckets(min(max(most, num_slots), tiles_per_slot * num_slots))
-        self.max_verify_tokens = self._verify[-1] * verify_tile
+        all_slots = config.max_num_seqs
+        most = (speculation.max_verify_tokens or VERIFY_TOKENS_PER_SLOT * all_slots) // verify_tile
+        most = min(max(most, all_slots), tiles_per_slot * all_slots)
+        self._verify = fine_buckets(min(most, tiles_per_slot * num_slots))
+        self.max_verify_tokens = most * verify_tile
 
     def all_shapes(self, truncates: bool) -> list[StepShape]:
         """Every shape that can be picked for requests that all truncate, or all do not."""
@@ -142,9 +159,7 @@ class StepBuckets:
 
     def _deterministic_shape(self) -> StepShape:
         # Also without drafts, so that the tokens of all modes come from one program.
-        return self._shape(
-            num_rows=self.max_verify_tokens, max_depth=self._depth, has_trees=self._has_trees, truncates=True
-        )
+        return self._shape(num_rows=self._num_rows, max_depth=self._depth, has_trees=self._has_trees, truncates=True)
 
     def _shape(self, **fields: int) -> StepShape:
         defaults = {"num_requests": self.num_slots, "num_rows": 0, "num_tiles": 0, "tile": self.tile}

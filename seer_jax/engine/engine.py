@@ -8,26 +8,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from kernels_pallas.mla_attention import pad_row_width
 from seer_jax.config.schema import ChaosConfig, EngineConfig, SpeculationConfig
+from seer_jax.config.validate import check_ranks
 from seer_jax.core.batching import BatchPlanner, StepPlan
 from seer_jax.core.draft.speculator import Proposal, Speculator
 from seer_jax.core.errors import ProtocolError
 from seer_jax.core.events import ChunkFinished
-from seer_jax.core.packing import Run, draft_runs, pack, plan_runs, unpack_outputs
+from seer_jax.core.packing import Run, draft_runs, plan_runs
+from seer_jax.core.rank_packing import pack_ranks, pick_shape, pick_verify_shape, unpack_ranks
 from seer_jax.core.sequence import NewTokens, Sequence
-from seer_jax.core.step_shapes import StepBuckets, StepShape, truncates
+from seer_jax.core.step_shapes import StepBuckets, StepShape
 from seer_jax.core.types import InstanceInfo, InstanceStatus, KVHandle, RequestChunk, RequestId
 from seer_jax.engine.kv_transfer import HostKV, KVTransfer
+from seer_jax.engine.parallel import count_ranks, place
 from seer_jax.engine.paused_kv import PausedKV
 from seer_jax.engine.step import make_step
 from seer_jax.engine.step_times import StepPrograms, get_step_times
 from seer_jax.kvpool import EmbeddedKVPool, KVPool
 from seer_jax.models.config import DecoderConfig
-from seer_jax.models.specs import decoder_specs
-from seer_jax.sharding import WHOLE_EXPERTS, shardings_for
 
 NO_SPECULATION, NO_CHAOS = SpeculationConfig(), ChaosConfig()
 DEFAULT_POOL_BYTES = 1 << 30
@@ -66,41 +67,42 @@ class Engine:
             speculation: Whether and how to draft tokens.
             instance_id: Name of this instance in events.
             policy_version: Version of `params`.
-            mesh: Devices of this instance; None = the default device.
+            mesh: Devices of this instance; None = the default device. Ranks along "data" share slots and pages.
             kv_pool: Where the KV of paused requests goes; None = memory of this process. Closed by `close`.
             always_moves_kv: Bring KV back from there even where computing it again is measured to be faster.
             chaos: Faults.
 
         Raises:
-            ConfigError: If the model does not divide over the mesh, or has no experts whose ids could be returned.
+            ConfigError: If the model does not divide over the mesh, or has no experts whose ids could be returned; if
+                slots or pages do not divide over its ranks.
+            CapacityError: If one request can never fit in the pages of a rank.
         """
         self.model_config, self.config = model_config, config
+        num_ranks = count_ranks(mesh)
+        if num_ranks > 1:
+            check_ranks(config, num_ranks)
         self.info = InstanceInfo(
             instance_id=instance_id,
-            num_total_pages=config.num_pages - 1,
+            num_total_pages=config.num_pages - num_ranks,
             page_size=config.page_size,
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
         )
         verify_tile = CPU_VERIFY_TILE if jax.default_backend() == "cpu" else VERIFY_TILE
         expert_ids = model_config.expert_ids_shape if config.expert_ids else None
-        self.buckets = StepBuckets(config, speculation, speculation.verify_tile or verify_tile, expert_ids)
+        self.buckets = StepBuckets(config, speculation, speculation.verify_tile or verify_tile, expert_ids, num_ranks)
         self.speculator = None if speculation.mode == "off" else Speculator(speculation, self.buckets.verify_tile)
         self._planner = BatchPlanner(
             self.info,
             max_prefill_tokens=self.buckets.max_prefill_tokens,
             prefill_tile=self.buckets.tile,
             max_steps_per_dispatch=config.max_steps_per_dispatch,
+            num_ranks=num_ranks,
         )
-        self._transfer = KVTransfer(self.buckets.max_pages)
         dtype = params["embed"].dtype
         self._mesh = None if mesh is None or mesh.size == 1 else mesh
-        if self._mesh is None:
-            device = None if mesh is None else mesh.devices.item()
-            self._param_shardings, cache_sharding = device, device
-        else:
-            self._param_shardings = shardings_for(decoder_specs(model_config, dtype), mesh, WHOLE_EXPERTS)
-            cache_sharding = NamedSharding(mesh, PartitionSpec())
+        self._param_shardings, cache_sharding = place(model_config, dtype, mesh)
+        self._transfer = KVTransfer(self.buckets.max_pages, self._mesh)
         self.policy_version = policy_version
         self.params = self._place(params)
         row_width = pad_row_width(model_config.latent_width, jax.default_backend())
@@ -175,7 +177,7 @@ class Engine:
             emitted = self._decode(plan)
             seconds = time.perf_counter() - decoding
             if plan.prefills:
-                self._paused_kv.costs.prefill.note(sum(piece.count for piece in plan.prefills), seconds)
+                self._paused_kv.costs.prefill.note(plan.num_prefilled, seconds)
             elif self.speculator is not None:
                 self.speculator.note_plain_steps(plan.decodes, self._num_steps - num_steps, seconds)
         finished = [self._finish(sequence) for sequence in self._planner.commit(plan, emitted)]
@@ -200,7 +202,7 @@ class Engine:
         rows, slices = plan_runs(plan)
         most = None if self.speculator is None else self.speculator.max_plain_steps(len(plan.decodes))
         num_steps = plan.num_steps if most is None else min(plan.num_steps, most)
-        shape = self.buckets.pick(len(rows), (len(run.token_ids) for run in slices), _any_truncates([*rows, *slices]))
+        shape = pick_shape(self.buckets, rows, slices)
         if not shape.num_tiles:  # In the deterministic mode prompt tokens are rows too.
             rows, slices = [*rows, *slices], []
         return self._launch(rows, slices, shape, num_steps)
@@ -208,11 +210,11 @@ class Engine:
     def _verify(self, proposal: Proposal, started: float) -> dict[Sequence, NewTokens]:
         """Verify drafts, made from `started` on, in one step; emits what plain decoding would say."""
         runs = draft_runs(proposal.sequences, proposal.batch, proposal.num_nodes)
-        shape = self.buckets.pick_verify((len(run.token_ids) for run in runs), _any_truncates(runs))
+        shape = pick_verify_shape(self.buckets, runs)
         device_time_s = self._device_time_s
         emitted = self._launch([], runs, shape, 1) if shape.num_tiles else self._launch(runs, [], shape, 1)
         self._verify_time_s += self._device_time_s - device_time_s
-        said = [new.token_ids for new in emitted.values()]
+        said = [emitted[sequence].token_ids for sequence in proposal.sequences]
         self.speculator.learn(proposal, said, time.perf_counter() - started)
         self._num_drafted_tokens += int(proposal.num_nodes.sum())
         self._num_accepted_tokens += sum(map(len, said)) - len(runs)
@@ -269,7 +271,7 @@ class Engine:
         # Instances that share a compilation cache start at different programs and find the others' results.
         first = self.info.instance_id * len(shapes) // max(1, num_peers)
         for shape in shapes[first:] + shapes[:first]:
-            self.launch(shape, pack([], [], shape, 0))
+            self._launch([], [], shape, 0)
         self._caches = self._transfer.warmup(self._caches)
         if self.speculator is not None:
             self.speculator.warmup()
@@ -288,7 +290,6 @@ class Engine:
             truncates=truncates,
             max_model_len=self.info.max_model_len,
             page_size=self.info.page_size,
-            num_pages=self.config.num_pages,
             max_steps=self.config.max_steps_per_dispatch,
             facts=(self.model_config, self._caches[0].dtype, len(self._caches[0].devices())),
         )
@@ -306,9 +307,10 @@ class Engine:
     def _launch(
         self, rows: SequenceOf[Run], tiles: SequenceOf[Run], shape: StepShape, num_steps: int
     ) -> dict[Sequence, NewTokens]:
-        steps, emitted = unpack_outputs(self.launch(shape, pack(rows, tiles, shape, num_steps)), shape)
+        outputs = self.launch(shape, pack_ranks(rows, tiles, shape, num_steps, self.buckets))
+        steps, emitted = unpack_ranks(outputs, rows, tiles, shape, self.buckets)
         self._num_steps += steps
-        return {run.sequence: new for run, new in zip((*rows, *tiles), emitted, strict=False) if run.samples}
+        return emitted
 
     def _reset_measurements(self) -> None:
         self._num_steps = self._num_dispatches = 0
@@ -343,7 +345,3 @@ class Engine:
             policy_version=self.policy_version,
             kv=handle,
         )
-
-
-def _any_truncates(runs: SequenceOf[Run]) -> bool:
-    return any(truncates(run.sequence.chunk.sampling) for run in runs)

@@ -1,9 +1,14 @@
 """Attention, experts and draws on one device, or each device's share of them inside `shard_map`.
 
 The compiler partitions plain XLA but no kernel, so on a mesh the operations that have kernels are divided by hand:
-heads over "tensor", with the cache on every device; experts over "expert" and "tensor" together (`WHOLE_EXPERTS`), with
-the tokens on every device and one all-reduce of what the experts say; the vocabulary over "tensor", with one small
-all-reduce of what its parts would draw. The rest of a step is left to the compiler.
+heads over "tensor", with the cache on every device of a rank; experts over all devices together (`WHOLE_EXPERTS`); the
+vocabulary over "tensor", with one small all-reduce of what its parts would draw. The rest of a step is left to the
+compiler.
+
+"data" divides the requests. Each of its ranks has rows, pages and a cache of its own and runs the whole step for them,
+inside a `shard_map` over that axis alone (`on_each_rank`); the operations above are divided inside it over the two
+others. Only the experts know of other ranks: without any, every device has all tokens and one all-reduce adds what the
+experts say; with them, the devices of a rank take a part of its tokens each and exchange them with all others.
 """
 
 from collections.abc import Callable
@@ -11,28 +16,75 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool
 
 from kernels_pallas.grouped_matmul import expert_parallel_mlp, grouped_mlp
 from kernels_pallas.mla_attention import mla_attention
 from kernels_pallas.tree_verify import Draws, tree_verify
+from seer_jax.models.config import DecoderConfig
 from seer_jax.models.moe import ExpertMLP
-from seer_jax.sharding import WHOLE_EXPERTS
+from seer_jax.models.specs import decoder_specs
+from seer_jax.sharding import WHOLE_EXPERTS, shardings_for
+
+RANKS = "data"
+"""The mesh axis of data-parallel attention."""
+WITHIN_RANK = ("expert", "tensor")
+BY_RANK = PartitionSpec(RANKS)
+"""How caches (by pages), packed requests and outputs lie on a mesh: each rank has its own."""
 
 
 class ParallelOps(NamedTuple):
-    """The operations of a step that have kernels.
+    """The operations of a step that have kernels, and the one that has ranks end together.
 
     Attributes:
         attention: `mla_attention`, of all heads.
         experts: `grouped_mlp`, of all experts.
         draw: `tree_verify`, from the whole vocabulary.
+        on_any_rank: Whether something is true on any rank.
     """
 
     attention: Callable[..., Array]
     experts: ExpertMLP
     draw: Callable[..., Draws]
+    on_any_rank: Callable[[Bool[Array, ""]], Bool[Array, ""]]
+
+
+def count_ranks(mesh: Mesh | None) -> int:
+    """Data-parallel ranks of an instance; `mesh` has axes as `sharding.MESH_AXES`, None = one device."""
+    return 1 if mesh is None else mesh.shape[RANKS]
+
+
+def place(config: DecoderConfig, dtype: Any, mesh: Mesh | None) -> tuple[Any, Any]:
+    """Where weights, and caches [pages, page size, width], lie: as `jax.device_put` takes it, None = anywhere.
+
+    Raises:
+        ConfigError: If the model does not divide over the mesh.
+    """
+    if mesh is None or mesh.size == 1:
+        device = None if mesh is None else mesh.devices.item()
+        return device, device
+    return shardings_for(decoder_specs(config, dtype), mesh, WHOLE_EXPERTS), by_rank(mesh)
+
+
+def by_rank(mesh: Mesh) -> NamedSharding:
+    """Where arrays with a part for each rank lie."""
+    return NamedSharding(mesh, BY_RANK if count_ranks(mesh) > 1 else PartitionSpec())
+
+
+def on_each_rank(step: Callable[..., Any], config: DecoderConfig, mesh: Mesh | None) -> Callable[..., Any]:
+    """Let a step over (weights, caches, packed requests) run on every rank, for its own requests and pages."""
+    if count_ranks(mesh) == 1:
+        return step
+
+    def of_rank(sharding: NamedSharding) -> PartitionSpec:
+        return PartitionSpec(*(RANKS if isinstance(axes, tuple) and RANKS in axes else None for axes in sharding.spec))
+
+    weights = jax.tree.map(of_rank, place(config, jnp.float32, mesh)[0])
+    return jax.shard_map(
+        step, mesh=mesh, axis_names={RANKS}, in_specs=(weights, BY_RANK, BY_RANK), out_specs=BY_RANK, check_vma=False
+    )
 
 
 def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> ParallelOps:
@@ -43,15 +95,16 @@ def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> Parall
         implementation: What computes on each device; None chooses by platform.
 
     Returns:
-        Operations to be traced under `jax.jit`; on a mesh their results are what one device computes, but for the
-        rounding of the sum over devices.
+        Operations to be traced under `jax.jit`, and `on_each_rank`; on a mesh their results are what one device
+        computes, but for the rounding of the sum over devices.
     """
     if mesh is None:
         whole = (mla_attention, grouped_mlp, tree_verify)
-        return ParallelOps(*(partial(operation, implementation=implementation) for operation in whole))
-    shard = partial(jax.shard_map, mesh=mesh, check_vma=False)  # Kernels do not say over which axes results vary.
+        return ParallelOps(*(partial(operation, implementation=implementation) for operation in whole), lambda x: x)
+    has_ranks = count_ranks(mesh) > 1
+    where = {"axis_names": set(WITHIN_RANK)} if has_ranks else {"mesh": mesh}
+    shard = partial(jax.shard_map, **where, check_vma=False)  # Kernels do not say over which axes results vary.
     everywhere, heads = PartitionSpec(), WHOLE_EXPERTS.partition_spec((None, None, "heads", None))
-    experts = WHOLE_EXPERTS.partition_spec(("experts", None, None))
 
     def attention(q: Array, *arrays: Array, **options: Any) -> Array:
         attend = partial(mla_attention, implementation=implementation, **options)
@@ -60,16 +113,45 @@ def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> Parall
     mlp = partial(
         expert_parallel_mlp,
         axis_name=WHOLE_EXPERTS.experts,
-        tokens_are_sharded=False,
+        tokens_are_sharded=has_ranks,
+        exchange="padded" if mesh.devices.flat[0].platform == "cpu" else "ragged",
         implementation=implementation,
     )
+    experts = PartitionSpec(WITHIN_RANK)
     draw = partial(tree_verify, axis_name=WHOLE_EXPERTS.vocab, implementation=implementation)
     head = WHOLE_EXPERTS.partition_spec((None, "vocab"))
     return ParallelOps(
         attention=attention,
-        experts=shard(mlp, in_specs=(everywhere,) * 3 + (experts,) * 2, out_specs=everywhere),
+        experts=shard(
+            _divide_tokens(mlp) if has_ranks else mlp,
+            in_specs=(everywhere,) * 3 + (experts,) * 2,
+            out_specs=everywhere,
+        ),
         draw=shard(draw, in_specs=(everywhere, head) + (everywhere,) * 3, out_specs=everywhere),
+        on_any_rank=(lambda x: jax.lax.psum(x.astype(jnp.int32), RANKS) > 0) if has_ranks else (lambda x: x),
     )
+
+
+def _divide_tokens(mlp: ExpertMLP) -> ExpertMLP:
+    """Let each device of a rank send an equal part of the rank's tokens, and have all that comes back.
+
+    By name, not by `in_specs`: the compiler would take up the hint and divide tokens, in place of heads and widths,
+    everywhere else too.
+    """
+
+    def run(x: Array, expert_ids: Array, weights: Array, *experts: Array) -> Array:
+        part = -(-len(x) // jax.lax.axis_size(WITHIN_RANK))
+        padding = ((0, part * jax.lax.axis_size(WITHIN_RANK) - len(x)), (0, 0))
+
+        def own(rows: Array, value: int = 0) -> Array:
+            rows = jnp.pad(rows, padding, constant_values=value)
+            return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(WITHIN_RANK) * part, part)
+
+        # What is added goes to no expert.
+        out = mlp(own(x), own(expert_ids, -1), own(weights), *experts)
+        return jax.lax.all_gather(out, WITHIN_RANK, tiled=True)[: len(x)]
+
+    return run
 
 
 ONE_DEVICE = parallel_ops(None)

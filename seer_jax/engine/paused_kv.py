@@ -184,7 +184,7 @@ class PausedKV:
             return caches
         try:
             # Siblings read the pages of the prompt that are there already.
-            first, end = num_present // self._planner.info.page_size, self._planner.pool.pages_for(kv.num_tokens)
+            first, end = num_present // self._planner.info.page_size, self._planner.pages_for(kv.num_tokens)
             caches = self._transfer.import_pages(caches, sequence.pages[first:end], kv.pages[first:])
         except TransferError:
             return caches
@@ -278,7 +278,7 @@ class PausedKV:
         if saved is None:
             return None
         if saved.fetch is None:
-            num_bytes = self._planner.pool.pages_for(saved.num_tokens) * self._page_bytes
+            num_bytes = self._planner.pages_for(saved.num_tokens) * self._page_bytes
             pays = self.costs.moving_pays(saved.num_tokens, num_bytes)
             saved.fetch = self._fetching.submit(self._fetch, saved) if pays else _done(None)
         return saved.fetch
@@ -296,7 +296,7 @@ class PausedKV:
     def _fetch(self, saved: Saved) -> HostKV | None:
         """Get blocks up to the first one that is gone."""
         saved.put.result()
-        pages = np.empty((self._planner.pool.pages_for(saved.num_tokens), *self._page_shape), self._dtype)
+        pages = np.empty((self._planner.pages_for(saved.num_tokens), *self._page_shape), self._dtype)
         started = time.perf_counter()
         statuses = self._pool.get_blocks(saved.keys, self._cut(pages))
         self._num_corrupt += statuses.count(Status.CORRUPT)
@@ -308,7 +308,7 @@ class PausedKV:
         if not num_hits:
             return None
         num_tokens = min(saved.num_tokens, num_hits * self._pages_per_block * self._page_shape[1])
-        pages = pages[: self._planner.pool.pages_for(num_tokens)]
+        pages = pages[: self._planner.pages_for(num_tokens)]
         return HostKV(pages=pages, num_tokens=num_tokens, policy_version=saved.policy_version)
 
     def _keys(self, request_id: RequestId, token_ids: TokenIds, policy_version: int) -> list[BlockKey]:

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 from kernels_pallas.kv_update import kv_update
 from seer_jax.core import packing
 from seer_jax.core.step_shapes import StepShape
-from seer_jax.engine.parallel import ONE_DEVICE, ParallelOps, parallel_ops
+from seer_jax.engine.parallel import ONE_DEVICE, ParallelOps, by_rank, on_each_rank, parallel_ops
 from seer_jax.engine.sampler import sample
 from seer_jax.engine.verify import Emitted, Tokens, locate, move_accepted, walk
 from seer_jax.models import decoder, mla
@@ -72,20 +72,20 @@ def make_step(
 
     A program without tiles runs up to `packed[0] <= max_steps` steps in a `while_loop` and leaves it as soon as a
     request finishes, so that its slot is refilled at once; after the first step every request has one token. A program
-    with tiles runs one step.
+    with tiles runs one step. Data-parallel ranks step and leave together.
 
     Args:
         config: Shapes of the model.
-        shape: The bucket.
+        shape: The bucket, of each rank.
         max_steps: Bound of the steps in one dispatch.
-        mesh: Several devices, over which the weights lie by `WHOLE_EXPERTS`, the caches on each; None = one device.
+        mesh: Several devices, over which weights and caches lie as `parallel.place` says; None = one device.
         implementation: What computes attention, experts and draws on each device; None chooses by platform.
 
     Returns:
         `step(params, caches, packed) -> (caches, outputs)`. Caches are donated. `outputs` is int32
         [1 + num_requests * (1 + 2 K + K * words)]: steps run; then of every request how many tokens it emitted, the
         tokens, the bits of their log-probabilities and, if `shape.expert_ids`, the experts behind them, two ids a word
-        (`core.packing.unpack_outputs`).
+        (`core.packing.unpack_outputs`). `packed` and `outputs` are of one rank after the other.
     """
     ops = parallel_ops(mesh, implementation)
     run_model = partial(_run_model, config=config, shape=shape, ops=ops)
@@ -143,7 +143,7 @@ def make_step(
                 last_tokens=jnp.where(is_active, row, -1),
                 num_emitted=num_emitted,
                 is_active=is_active,
-                has_finished=ends.any(),
+                has_finished=ops.on_any_rank(ends.any()),
                 emitted_ids=emitted_ids,
                 emitted_logprobs=emitted_logprobs,
                 emitted_experts=emitted_experts,
@@ -165,7 +165,7 @@ def make_step(
         )
         if loops:
             state = jax.lax.while_loop(
-                lambda s: (s.step < packed[0]) & s.is_active.any() & ~s.has_finished, advance, state
+                lambda s: (s.step < packed[0]) & ops.on_any_rank(s.is_active.any()) & ~s.has_finished, advance, state
             )
         else:
             state = advance(state)
@@ -178,9 +178,9 @@ def make_step(
 
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return jax.jit(
-        step,
+        on_each_rank(step, config, mesh),
         donate_argnums=1,
-        out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()),
+        out_shardings=None if mesh is None else by_rank(mesh),
         compiler_options=CPU_COMPILER_OPTIONS if platform == "cpu" else None,
     )
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from seer_jax.core.errors import ConfigError
 from seer_jax.core.latency import MeasuredStepTimes
-from seer_jax.core.packing import Run, pack, unpack_outputs
+from seer_jax.core.packing import Run
+from seer_jax.core.rank_packing import pack_ranks, unpack_ranks
 from seer_jax.core.sequence import Sequence
 from seer_jax.core.step_shapes import StepBuckets, StepShape
 from seer_jax.core.types import RequestChunk, RequestId, SamplingParams
@@ -27,12 +28,11 @@ class StepPrograms:
     """The warmed-up programs of an idle engine.
 
     Attributes:
-        launch: Runs one of a shape on packed inputs; returns its output.
+        launch: Runs one of a shape on packed inputs; returns its output. All pages of the cache may be written.
         buckets: The shapes.
         truncates: Which of them, see `Engine.warmup`.
         max_model_len: Longest context.
         page_size: Tokens per page.
-        num_pages: Pages of the cache, all of which may be written.
         max_steps: Steps in one dispatch at most.
         facts: What else step times depend on: the model's shape, its type, its mesh.
     """
@@ -42,7 +42,6 @@ class StepPrograms:
     truncates: bool
     max_model_len: int
     page_size: int
-    num_pages: int
     max_steps: int
     facts: tuple[object, ...]
 
@@ -77,7 +76,7 @@ def get_step_times(programs: StepPrograms, file: str | None) -> MeasuredStepTime
 def measure_step_times(programs: StepPrograms, *, repeats: int = 7) -> MeasuredStepTimes:
     """Time every program that decodes or verifies, at a short and at the longest context.
 
-    They read and write any pages.
+    They read and write any pages. All ranks are as full, so sizes are those of one rank times their number.
 
     Args:
         programs: The programs.
@@ -85,6 +84,7 @@ def measure_step_times(programs: StepPrograms, *, repeats: int = 7) -> MeasuredS
     """
     decode = programs.buckets.decode_shapes(programs.truncates)
     verify = programs.buckets.verify_shapes(programs.truncates) or decode
+    num_ranks = programs.buckets.num_ranks
     steps = min(STEPS_PER_DISPATCH, programs.max_steps)
     longest = max(2, programs.max_model_len - max(programs.max_steps, verify[-1].max_depth))
     contexts = (min(SHORT_CONTEXT, longest // 2), longest)
@@ -98,9 +98,9 @@ def measure_step_times(programs: StepPrograms, *, repeats: int = 7) -> MeasuredS
         model=programs.fingerprint,
         jax=jax.__version__,
         contexts=contexts,
-        plain_sizes=tuple(shape.num_requests for shape in decode),
+        plain_sizes=tuple(shape.num_requests * num_ranks for shape in decode),
         plain_s=tuple(seconds(shape, steps) for shape in decode),
-        verify_sizes=tuple(shape.num_tokens for shape in verify),
+        verify_sizes=tuple(shape.num_tokens * num_ranks for shape in verify),
         verify_s=tuple(seconds(shape, 1) for shape in verify),
     )
 
@@ -110,17 +110,22 @@ def _time_program(programs: StepPrograms, shape: StepShape, context: int, num_st
     num_runs = min(shape.num_requests, shape.num_tokens // (shape.tile if shape.num_tiles else 1))
     capacity = shape.num_tiles * shape.tile or shape.num_rows
     lengths = [capacity // num_runs + (i < capacity % num_runs) for i in range(num_runs)]
-    runs = [_fake_run(programs, i, context, min(length, 1 + shape.max_depth)) for i, length in enumerate(lengths)]
+    runs = [
+        _fake_run(programs, i, context, min(length, 1 + shape.max_depth), rank)
+        for rank in range(programs.buckets.num_ranks)
+        for i, length in enumerate(lengths)
+    ]
     rows, tiles = ([], runs) if shape.num_tiles else (runs, [])
 
     def run() -> None:
-        unpack_outputs(programs.launch(shape, pack(rows, tiles, shape, num_steps)), shape)
+        outputs = programs.launch(shape, pack_ranks(rows, tiles, shape, num_steps, programs.buckets))
+        unpack_ranks(outputs, rows, tiles, shape, programs.buckets)
 
     run()
     return min(_seconds(run) for _ in range(repeats))
 
 
-def _fake_run(programs: StepPrograms, index: int, context: int, length: int) -> Run:
+def _fake_run(programs: StepPrograms, index: int, context: int, length: int, rank: int) -> Run:
     """A newest token at the end of a context with a line of drafts after it."""
     chunk = RequestChunk(
         request_id=RequestId(0, index),
@@ -135,10 +140,10 @@ def _fake_run(programs: StepPrograms, index: int, context: int, length: int) -> 
         sampling=SamplingParams(max_tokens=1 << 20),
         sampling_key=index,
     )
-    sequence = Sequence(chunk, index)
+    sequence, buckets = Sequence(chunk, index, rank=rank), programs.buckets
     # Pages of its own while there are enough, so that contexts are as far from each other as they would be.
-    first = index * programs.buckets.max_pages
-    sequence.pages = [1 + (first + i) % (programs.num_pages - 1) for i in range(programs.buckets.max_pages)]
+    first, garbage_page = index * buckets.max_pages, rank * buckets.rank_pages
+    sequence.pages = [garbage_page + 1 + (first + i) % (buckets.rank_pages - 1) for i in range(buckets.max_pages)]
     return Run(
         sequence=sequence,
         start=context - 1,

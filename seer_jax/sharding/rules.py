@@ -55,9 +55,10 @@ class ShardingRules:
         return PartitionSpec(*mesh_axes)
 
 
-WHOLE_EXPERTS = ShardingRules(experts=("expert", "tensor"), expert_mlp=None)
-"""For code that names its collectives: a device holds whole experts. Half of the columns of a fused `gate_up` would be
-all gates, and kernels want widths that are multiples of 128 (Moonlight's 1408 is not one by halves)."""
+WHOLE_EXPERTS = ShardingRules(experts=("data", "expert", "tensor"), expert_mlp=None)
+"""For code that names its collectives: a device holds whole experts, and all devices hold different ones. Half of the
+columns of a fused `gate_up` would be all gates, and kernels want widths that are multiples of 128 (Moonlight's 1408 is
+not one by halves)."""
 
 
 def shardings_for(specs: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules | None = None) -> Any:
@@ -79,9 +80,7 @@ def shardings_for(specs: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules | 
     def sharding(spec: Declaration) -> NamedSharding:
         partition = rules.partition_spec(spec.logical_axes)
         for size, logical, mesh_axis in zip(spec.shape, spec.logical_axes, partition, strict=True):
-            if mesh_axis is None:
-                continue
-            names = _names(mesh_axis)
+            names = [name for name in _names(mesh_axis or ()) if mesh.shape[name] > 1]
             ways = math.prod(mesh.shape[name] for name in names)
             if size % ways:
                 product = "" if len(names) == 1 else f" ({' x '.join(names)})"

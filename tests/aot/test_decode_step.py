@@ -12,16 +12,16 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels_pallas.mla_attention import pad_row_width
 from seer_jax.config.schema import ShardingConfig
 from seer_jax.core.packing import packed_size
 from seer_jax.core.step_shapes import StepShape
+from seer_jax.engine.parallel import by_rank, place
 from seer_jax.engine.step import make_step
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import decoder_specs
-from seer_jax.sharding import WHOLE_EXPERTS, make_mesh, shardings_for
+from seer_jax.sharding import make_mesh
 from tests.aot.topology import devices
 from tests.models.test_config import KIMI_K2 as KIMI_K2_JSON
 
@@ -51,7 +51,7 @@ HBM = {"v5p": 95e9, "v6e": 32e9}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """An instance: a model on a slice, with a pool of `pages`, each of 64 tokens, on every chip."""
+    """An instance: a model on a slice, with 64 slots and a pool of `pages`, each of 64 tokens, divided over `data`."""
 
     model: DecoderConfig
     topology: str
@@ -59,28 +59,30 @@ class Deployment:
     tensor: int
     context: int
     pages: int
+    data: int = 1
 
     @property
     def num_chips(self) -> int:
-        return self.expert * self.tensor
+        return self.data * self.expert * self.tensor
 
     @property
     def shape(self) -> StepShape:
-        return StepShape(num_requests=SLOTS, num_rows=SLOTS, num_tiles=0, tile=1, num_pages=self.context // PAGE)
+        slots = SLOTS // self.data
+        return StepShape(num_requests=slots, num_rows=slots, num_tiles=0, tile=1, num_pages=self.context // PAGE)
 
     def arguments(self):
         """The mesh, and the step's arguments as they lie on it: weights, caches, packed requests."""
-        mesh = make_mesh(ShardingConfig(expert=self.expert, tensor=self.tensor), devices(self.topology))
-        specs = decoder_specs(self.model, jnp.bfloat16)
-        everywhere = NamedSharding(mesh, PartitionSpec())
+        sizes = ShardingConfig(data=self.data, expert=self.expert, tensor=self.tensor)
+        mesh = make_mesh(sizes, devices(self.topology))
+        weights, caches = place(self.model, jnp.bfloat16, mesh)
         params = jax.tree.map(
             lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
-            specs,
-            shardings_for(specs, mesh, WHOLE_EXPERTS),
+            decoder_specs(self.model, jnp.bfloat16),
+            weights,
         )
         rows = (self.pages, PAGE, pad_row_width(self.model.latent_width, "tpu"))
-        cache = jax.ShapeDtypeStruct(rows, jnp.bfloat16, sharding=everywhere)
-        packed = jax.ShapeDtypeStruct((packed_size(self.shape),), jnp.int32, sharding=everywhere)
+        cache = jax.ShapeDtypeStruct(rows, jnp.bfloat16, sharding=caches)
+        packed = jax.ShapeDtypeStruct((self.data * packed_size(self.shape),), jnp.int32, sharding=by_rank(mesh))
         return mesh, (params, [cache] * self.model.num_hidden_layers, packed)
 
     def count_argument_bytes(self) -> int:
@@ -89,6 +91,11 @@ class Deployment:
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             for leaf in jax.tree.leaves(self.arguments()[1])
         )
+
+    def count_cache_bytes(self) -> int:
+        """Bytes of the caches alone."""
+        cache, *others = self.arguments()[1][1]
+        return (1 + len(others)) * math.prod(cache.sharding.shard_shape(cache.shape)) * cache.dtype.itemsize
 
     def compile(self) -> tuple[str, jax.stages.Compiled]:
         """The lowered text and the program."""
@@ -100,7 +107,7 @@ class Deployment:
         compiled = lowered.compile()
         memory = compiled.memory_analysis()
         print(
-            f"AOT step {self.topology} expert {self.expert} tensor {self.tensor}, "
+            f"AOT step {self.topology} data {self.data} expert {self.expert} tensor {self.tensor}, "
             f"{self.model.num_hidden_layers} layers: "
             f"{time.perf_counter() - started:.0f} s, arguments {memory.argument_size_in_bytes / 1e9:.2f} GB,"
             f" temporaries {memory.temp_size_in_bytes / 1e6:.0f} MB"
@@ -129,8 +136,10 @@ def count_collectives(compiled: jax.stages.Compiled) -> Counter[tuple[str, int]]
                 {"bf16": 2, "pred": 1}.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
                 for dtype, dims in types
             ]
-            # What starts a permute names its source first, then its target and two words of state.
-            collectives[found[2], sizes[0] if found[2] == "collective-permute" else sum(sizes)] += 1
+            # What starts these two names the source first, then targets and words of state; of a ragged source a chip
+            # gives the rows that hold a token.
+            names_source = found[2] in ("collective-permute", "ragged-all-to-all")
+            collectives[found[2], sizes[0] if names_source else sum(sizes)] += 1
     return collectives
 
 
@@ -154,6 +163,31 @@ def test_moonlight_on_eight_v6e_chips_sends_one_sum_per_moe_layer():
     assert count_collectives(compiled) == {("all-reduce", SLOTS * 2048 * 2): 26}
 
 
+def test_moonlight_with_eight_ranks_has_an_eighth_of_the_cache_on_a_chip_and_exchanges_tokens():
+    """Per MoE layer the ids and weights of all tokens, and each token there and back: 8 tokens to 8 chips at most."""
+    ranks = dataclasses.replace(MOONLIGHT_STEP, data=8, expert=1)
+    assert 8 * ranks.count_cache_bytes() == MOONLIGHT_STEP.count_cache_bytes() == 27 * 2048 * 64 * 640 * 2
+    text, compiled = ranks.compile()
+    check_kernels_and_memory(ranks, text, compiled)
+    assert count_collectives(compiled) == {
+        ("all-gather", SLOTS * 6 * 4): 2 * 26,
+        ("ragged-all-to-all", SLOTS * 2048 * 2): 2 * 26,
+        ("all-reduce", 4): 2,  # Whether any rank has finished, and whether any goes on.
+    }
+
+
+def test_ranks_with_tensor_parallelism_inside_divide_heads_and_not_tokens():
+    """Over "tensor" the sums and permutes of `expected_collectives`, each of a rank's slots; the experts as above."""
+    deployment = dataclasses.replace(with_layers(MOONLIGHT_STEP, 2), data=2, expert=1, tensor=4)
+    text, compiled = deployment.compile()
+    check_kernels_and_memory(deployment, text, compiled)
+    exchanged = {("all-gather", SLOTS * 6 * 4): 2, ("ragged-all-to-all", SLOTS * 2048 * 2): 2, ("all-reduce", 4): 2}
+    exchanged["all-gather", SLOTS // 2 * 2048 * 2] = 1  # What came back, to all chips of a rank.
+    sums = expected_collectives(deployment)
+    sums["all-reduce", SLOTS // 2 * 2048 * 2] -= 1  # The experts'.
+    assert count_collectives(compiled) == sums + Counter(exchanged)
+
+
 def expected_collectives(deployment: Deployment) -> Counter[tuple[str, int]]:
     """Those of a step with tensor parallelism.
 
@@ -162,16 +196,16 @@ def expected_collectives(deployment: Deployment) -> Counter[tuple[str, int]]:
     is brought into order by four permutes: one of two parts, three of one part. The draw is a sum of 16 bytes for each
     slot and part of the vocabulary.
     """
-    model, expected = deployment.model, Counter()
-    expected["all-reduce", SLOTS * model.hidden_size * 2] += 1
+    model, slots, expected = deployment.model, deployment.shape.num_requests, Counter()
+    expected["all-reduce", slots * model.hidden_size * 2] += 1
     for layer in range(model.num_hidden_layers):
         is_moe = model.is_moe_layer(layer)
-        expected["all-reduce", SLOTS * model.hidden_size * 2] += 3 if is_moe else 2
+        expected["all-reduce", slots * model.hidden_size * 2] += 3 if is_moe else 2
         width = model.n_shared_experts * model.moe_intermediate_size if is_moe else model.intermediate_size
-        part = SLOTS * width // deployment.tensor * 2
+        part = slots * width // deployment.tensor * 2
         expected["collective-permute", part] += 3
         expected["collective-permute", 2 * part] += 1
-    expected["all-reduce", 16 * SLOTS * deployment.tensor] += 1
+    expected["all-reduce", 16 * slots * deployment.tensor] += 1
     return expected
 
 

@@ -39,6 +39,9 @@ def test_a_number_below_its_bound_is_refused_by_name(path):
         ({"train__clip_low": 1.0}, "train.clip_low"),
         ({"sampling__max_tokens": 1024, "engine__max_model_len": 1024}, "sampling.max_tokens"),
         ({"engine__prefill_tile": 257}, "engine.prefill_tile"),
+        ({"sharding__data": 4, "engine__prefill_tile": 65}, "engine.prefill_tile"),
+        ({"sharding__data": 3}, "engine.max_num_seqs"),
+        ({"sharding__data": 4, "engine__num_pages": 1022}, "engine.num_pages"),
         ({"rollout__min_instances": 3}, "rollout.min_instances"),
         ({"rollout__min_instances": 1, "rollout__runtime": "local"}, "rollout.min_instances"),
         ({"run_dir": ""}, "run_dir"),
@@ -57,6 +60,12 @@ def test_one_request_must_fit_in_the_pages_beside_the_reserved_one():
     validate(with_settings(engine__num_pages=65), training=False)
     with pytest.raises(CapacityError, match=r"engine\.num_pages: is 64.*needs 64 pages, only 63 exist.*at least 65"):
         validate(with_settings(engine__num_pages=64), training=False)
+
+
+def test_one_request_must_fit_in_the_pages_of_a_rank():
+    validate(with_settings(sharding__data=2, engine__num_pages=130), training=False)
+    with pytest.raises(CapacityError, match=r"is 128 / sharding\.data=2.*needs 64 pages, only 63 exist.*at least 130"):
+        validate(with_settings(sharding__data=2, engine__num_pages=128), training=False)
 
 
 @pytest.mark.parametrize(

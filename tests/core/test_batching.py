@@ -2,114 +2,14 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seer_jax.core.batching import BatchPlanner, StepPlan
 from seer_jax.core.errors import ProtocolError
 from seer_jax.core.placement import InstanceLoad
-from seer_jax.core.sequence import NewTokens, Sequence
-from seer_jax.core.types import InstanceInfo, RequestChunk, RequestId, SamplingParams
-
-PAGE_SIZE = 4
-STOP = 7
-
-
-def make_planner(num_pages: int = 32, max_num_seqs: int = 4, **kwargs: int) -> BatchPlanner:
-    info = InstanceInfo(
-        instance_id=0, num_total_pages=num_pages, page_size=PAGE_SIZE, max_num_seqs=max_num_seqs, max_model_len=128
-    )
-    settings = {"max_prefill_tokens": 16, "prefill_tile": 4, "max_steps_per_dispatch": 8} | kwargs
-    return BatchPlanner(info, **settings)
-
-
-def make_chunk(
-    index: int,
-    prompt: int = 5,
-    max_new: int = 10,
-    *,
-    reserve: bool,
-    priority: int = 0,
-    limit: int = 10_000,
-    group: int = 0,
-    share: bool = False,
-) -> RequestChunk:
-    return RequestChunk(
-        request_id=RequestId(group, index),
-        chunk_index=0,
-        token_ids=np.arange(prompt, dtype=np.int32) + 100 * (1 + group),
-        num_prompt_tokens=prompt,
-        max_chunk_tokens=max_new,
-        max_total_tokens=prompt + limit,
-        num_reserved_pages=-(-(prompt + max_new) // PAGE_SIZE) if reserve else 0,
-        num_shared_pages=(prompt - 1) // PAGE_SIZE if share else 0,
-        policy_version=0,
-        priority=priority,
-        sampling=SamplingParams(max_tokens=limit, stop_token_ids=(STOP,)),
-        sampling_key=index,
-    )
-
-
-def run(planner: BatchPlanner, plan: StepPlan, token: int = 1) -> list[Sequence]:
-    """Pretend to compute a plan: sequences emit `token` until the dispatch ends or one of them finishes."""
-    sampling = [*plan.decodes, *(piece.sequence for piece in plan.prefills if piece.is_last)]
-    steps = 1 if plan.prefills else plan.num_steps
-    steps = min([steps, *(s.limit - s.num_tokens for s in sampling)])
-    new = NewTokens(np.full(steps, token, np.int32), np.full(steps, -0.5, np.float32))
-    emitted = dict.fromkeys(sampling, new)
-    return planner.commit(plan, emitted)
-
-
-class FakeCache:
-    """What the pages hold, as the device would see it: the token whose KV lies in every slot."""
-
-    def __init__(self, planner: BatchPlanner) -> None:
-        self._planner = planner
-        self._slots = np.full((planner.pool.num_pages, PAGE_SIZE), -1)
-        self.texts: dict[RequestId, np.ndarray] = {}
-
-    def save_evicted(self) -> None:
-        """What was parked must still be there when its pages are given away."""
-        for request_id, parked in self._planner.evicted:
-            content = self._slots[parked.pages].reshape(-1)[: len(parked.token_ids)]
-            assert content.tolist() == self.texts[request_id][: len(parked.token_ids)].tolist()
-        self._planner.evicted.clear()
-
-    def run(self, plan: StepPlan) -> list[Sequence]:
-        """Like `run`; every query must find its whole context in its pages."""
-        self._slots[[target for _, target in plan.copies]] = self._slots[[source for source, _ in plan.copies]]
-        written = {s: (s.num_tokens - 1, s.num_tokens) for s in plan.decodes}
-        written |= {piece.sequence: (piece.start, piece.start + piece.count) for piece in plan.prefills}
-        for sequence, (start, stop) in written.items():
-            self._write(sequence, start, stop)
-            assert [self._slots[self._at(sequence, i)] for i in range(stop)] == sequence.token_ids[:stop].tolist()
-        finished = run(self._planner, plan)
-        for sequence, (_, stop) in written.items():
-            self._write(sequence, stop, sequence.num_computed)  # What the later steps of the dispatch computed.
-        return finished
-
-    def _write(self, sequence: Sequence, start: int, stop: int) -> None:
-        for position in range(start, stop):
-            self._slots[self._at(sequence, position)] = sequence.token_ids[position]
-
-    def _at(self, sequence: Sequence, position: int) -> tuple[int, int]:
-        return sequence.pages[position // PAGE_SIZE], position % PAGE_SIZE
-
-
-def check_pages(planner: BatchPlanner) -> None:
-    """Every page is free, parked, a shared prompt's or owned by exactly one running sequence."""
-    holders = [*planner.running, *planner.parked.values()]
-    prompts = {id(owner.prompt): owner.prompt.pages for owner in holders if owner.prompt}
-    owned = [page for pages in prompts.values() for page in pages]
-    for owner in holders:
-        num_shared = len(owner.prompt.pages) if owner.prompt else 0
-        assert owner.pages[:num_shared] == (owner.prompt.pages if owner.prompt else [])
-        owned += owner.pages[num_shared:]
-    assert len(set(owned)) == len(owned)
-    assert len(owned) + planner.pool.num_free_pages == planner.pool.num_total_pages
-    assert all(not sequence.pages for sequence in planner.waiting)
+from seer_jax.core.types import RequestChunk, RequestId
+from tests.core.planners import PAGE_SIZE, STOP, FakeCache, check_pages, make_chunk, make_planner, num_free_pages, run
 
 
 @given(
@@ -126,6 +26,7 @@ def check_pages(planner: BatchPlanner) -> None:
     st.integers(1, 5),
     st.integers(1, 12),
     st.booleans(),
+    st.integers(1, 3),
 )
 def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_lost(
     groups: list[tuple[int, bool, list[tuple[int, bool]]]],
@@ -133,12 +34,13 @@ def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_lost(
     max_num_seqs: int,
     chunk_size: int,
     all_reserve: bool,
+    num_ranks: int,
 ) -> None:
     """Reserving requests run in chunks and go on from what they parked, or from what siblings have of the prompt.
 
-    Where all reserve, the driver's books say which of them run.
+    Where all reserve and there is one rank, the driver's books say which of them run.
     """
-    planner = make_planner(num_pages, max_num_seqs)
+    planner = make_planner(num_pages, max_num_seqs, num_ranks)
     cache = FakeCache(planner)
     load = InstanceLoad(info=planner.info)
     true_lengths = {}
@@ -157,9 +59,9 @@ def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_lost(
     for _ in range(5000):
         planner.admit()
         cache.save_evicted()
-        if all_reserve:
+        if all_reserve and num_ranks == 1:
             assert [sequence.chunk.request_id for sequence in planner.waiting] == load.queued
-            used = planner.pool.num_total_pages - planner.status().num_free_pages
+            used = planner.info.num_total_pages - planner.status().num_free_pages
             assert used == load.num_reserved_pages
         plan = planner.plan()
         cache.save_evicted()
@@ -172,7 +74,8 @@ def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_lost(
             assert last_written < len(sequence.pages) * PAGE_SIZE
         for piece in plan.prefills:
             assert piece.start + piece.count <= len(piece.sequence.pages) * PAGE_SIZE
-        assert sum(-(-piece.count // 4) * 4 for piece in plan.prefills) <= 16 + 3
+        for rank in range(num_ranks):
+            assert sum(-(-p.count // 4) * 4 for p in plan.prefills if p.sequence.rank == rank) <= 16 + 3
         for sequence in cache.run(plan):
             chunk, known = sequence.chunk, sequence.token_ids[: sequence.num_tokens].copy()
             load.remove(chunk.request_id)
@@ -194,7 +97,8 @@ def test_every_chunk_finishes_with_its_context_in_its_pages_and_no_page_is_lost(
                 )
             )
     assert lengths == true_lengths
-    assert planner.pool.num_free_pages == num_pages and not planner.running and not planner.waiting
+    assert [rank.pool.num_free_pages for rank in planner.ranks] == num_ranks * [num_pages]
+    assert not planner.running and not planner.waiting
 
 
 def test_siblings_have_the_full_pages_of_their_prompt_in_common() -> None:
@@ -237,7 +141,7 @@ def test_a_prompt_outlives_its_first_request_and_goes_with_the_last() -> None:
     while planner.running:
         for sequence in cache.run(planner.plan()):
             planner.release(sequence)
-    assert planner.pool.num_free_pages == 16
+    assert num_free_pages(planner) == 16
 
 
 def test_prompt_of_a_group_is_computed_once_and_copied_when_complete() -> None:

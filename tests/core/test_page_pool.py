@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seer_jax.core.errors import CapacityError, ConfigError, ProtocolError
-from seer_jax.core.kv.page_pool import GARBAGE_PAGE, PagePool, pages_for_tokens
+from seer_jax.core.kv.page_pool import PagePool, pages_for_tokens
 from tests.core.fake_cluster import property_settings
 
 
@@ -26,7 +26,7 @@ def test_pages_are_free_or_held_by_exactly_one_owner(num_pages, actions):
         else:
             pages = pool.allocate(number)
             assert len(set(pages)) == number and not set(pages) & set(held)
-            assert all(GARBAGE_PAGE < page < num_pages for page in pages)
+            assert all(0 < page < num_pages for page in pages)
             owners.append(pages)
     for pages in owners:
         pool.free(pages)
