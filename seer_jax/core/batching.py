@@ -14,22 +14,9 @@ import numpy as np
 
 from seer_jax.core.errors import ProtocolError
 from seer_jax.core.kv.page_pool import PagePool
-from seer_jax.core.kv.shared_prompts import SharedPrompt, SharedPrompts
+from seer_jax.core.kv.shared_prompts import ParkedKV, SharedPrompt, SharedPrompts
 from seer_jax.core.sequence import NewTokens, Sequence
-from seer_jax.core.types import InstanceInfo, InstanceStatus, RequestChunk, RequestId, TokenIds
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParkedKV:
-    """Pages that a paused request left on the instance, for its next chunk: the KV of its first tokens.
-
-    `pages` are in order of position, the first may be `prompt`'s; `priority` is that of the chunk that ended.
-    """
-
-    pages: list[int]
-    token_ids: TokenIds
-    priority: int = 0
-    prompt: SharedPrompt | None = None
+from seer_jax.core.types import InstanceInfo, InstanceStatus, RequestChunk, RequestId
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +130,10 @@ class BatchPlanner:
             admitted.append(sequence)
         self._note_usage()
         return admitted
+
+    def num_present(self, chunk: RequestChunk) -> int:
+        """Leading tokens of a chunk that waits whose KV siblings have here; they may be gone when it is admitted."""
+        return self._num_computed(self._prompts.find(chunk))
 
     def plan(self) -> StepPlan | None:
         """Plan the next dispatch; None when nothing runs. May preempt growing sequences, youngest first."""
@@ -294,15 +285,19 @@ class BatchPlanner:
 
     def _note_present(self, sequence: Sequence, parked: ParkedKV | None) -> None:
         """Note what KV lies in the pages of an admitted sequence already."""
-        prompt = sequence.prompt
         if parked:
             sequence.note_kv(len(parked.token_ids))
-        elif prompt:
-            size = len(prompt.token_ids)
-            others = (other for other in self.running if other.prompt is prompt)
-            if prompt.num_parked or any(other.num_computed >= size for other in others):
-                self.num_shared_tokens += size
-                sequence.note_kv(size)
+        elif num_shared := self._num_computed(sequence.prompt):
+            self.num_shared_tokens += num_shared
+            sequence.note_kv(num_shared)
+
+    def _num_computed(self, prompt: SharedPrompt | None) -> int:
+        """Tokens of a prompt whose KV lies in its pages: all or, while the first sibling is at it, none."""
+        if prompt is None:
+            return 0
+        size = len(prompt.token_ids)
+        siblings = (other for other in self.running if other.prompt is prompt)
+        return size if prompt.num_parked or any(other.num_computed >= size for other in siblings) else 0
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels_pallas.mla_attention import pad_row_width
 from seer_jax.config.schema import ChaosConfig, EngineConfig, SpeculationConfig
 from seer_jax.core.batching import BatchPlanner, StepPlan
 from seer_jax.core.draft.speculator import Proposal, Speculator
@@ -20,6 +19,7 @@ from seer_jax.core.packing import Run, draft_runs, pack, plan_runs, unpack_outpu
 from seer_jax.core.sequence import NewTokens, Sequence
 from seer_jax.core.step_shapes import StepBuckets, StepShape, truncates
 from seer_jax.core.types import InstanceInfo, InstanceStatus, KVHandle, RequestChunk, RequestId
+from seer_jax.engine.kv_blocks import BlockLayout
 from seer_jax.engine.kv_transfer import HostKV, KVTransfer
 from seer_jax.engine.paused_kv import PausedKV
 from seer_jax.engine.step import make_step
@@ -103,15 +103,12 @@ class Engine:
             cache_sharding = NamedSharding(mesh, PartitionSpec())
         self.policy_version = policy_version
         self.params = self._place(params)
-        row_width = pad_row_width(model_config.latent_width, jax.default_backend())
-        cache_shape = (config.num_pages, config.page_size, row_width)
-        self._caches = [
-            jnp.zeros(cache_shape, dtype, device=cache_sharding) for _ in range(model_config.num_hidden_layers)
-        ]
+        layout = BlockLayout.of(model_config, config.page_size, dtype)
+        num_layers, *page_shape = layout.page_shape
+        cache_shape = (config.num_pages, *page_shape)
+        self._caches = [jnp.zeros(cache_shape, dtype, device=cache_sharding) for _ in range(num_layers)]
         pool = EmbeddedKVPool(DEFAULT_POOL_BYTES) if kv_pool is None else kv_pool
-        self._paused_kv = PausedKV(
-            self._planner, self._transfer, pool, self._caches, repr(model_config), chaos, always_moves=always_moves_kv
-        )
+        self._paused_kv = PausedKV(self._planner, self._transfer, pool, layout, chaos, always_moves=always_moves_kv)
         self._next_expiry = 0.0
         self._reset_measurements()
 

@@ -22,12 +22,14 @@ class HostKV:
         num_tokens: Tokens covered, from position 0.
         policy_version: Weights that produced it.
         num_saved_blocks: How many of its first blocks a shared pool has too.
+        first_page: Pages that come before `pages`; who asked for it has them already.
     """
 
     pages: np.ndarray
     num_tokens: int
     policy_version: int
     num_saved_blocks: int = 0
+    first_page: int = 0
 
 
 class KVTransfer:

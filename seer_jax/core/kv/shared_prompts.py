@@ -1,7 +1,7 @@
-"""Full pages of a prompt that the requests of a group have in common on an instance.
+"""Pages that outlast a chunk on an instance: a paused request's, and those that a group's requests have in common.
 
-Such a page holds prompt tokens only and is written by whoever computes the prompt there; what follows in a request has
-pages of its own, beginning with the prompt's partial page.
+The latter are the full pages of their prompt. Such a page holds prompt tokens only and is written by whoever computes
+the prompt there; what follows in a request has pages of its own, beginning with the prompt's partial page.
 """
 
 from dataclasses import dataclass
@@ -29,6 +29,19 @@ class SharedPrompt:
     token_ids: TokenIds
     num_running: int = 0
     num_parked: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParkedKV:
+    """Pages that a paused request left on the instance, for its next chunk: the KV of its first tokens.
+
+    `pages` are in order of position, the first may be `prompt`'s; `priority` is that of the chunk that ended.
+    """
+
+    pages: list[int]
+    token_ids: TokenIds
+    priority: int = 0
+    prompt: SharedPrompt | None = None
 
 
 class SharedPrompts:
