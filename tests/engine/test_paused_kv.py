@@ -154,7 +154,7 @@ def test_only_what_siblings_do_not_have_is_weighed_and_brought(num_slots, asked,
     weighed = []
     monkeypatch.setattr(MoveCosts, "moving_pays", lambda _, *sizes: weighed.append(sizes) or True)
     pool = NotedSharedPool(1 << 24)
-    config = dataclasses.replace(tiny.CONFIG, max_num_seqs=num_slots)
+    config = dataclasses.replace(tiny.CONFIG, deterministic=True, max_num_seqs=num_slots)
     there, here = (Engine(tiny.MODEL, tiny.params(), config, instance_id=i, kv_pool=pool) for i in range(2))
     sibling, mine = (tiny.chunk(tiny.prompt(0, 70), index=i, max_chunk=6) for i in range(2))
     there.submit(mine)
