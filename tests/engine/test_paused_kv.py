@@ -156,10 +156,10 @@ def test_only_what_siblings_do_not_have_is_weighed_and_brought(num_slots, asked,
     pool = NotedSharedPool(1 << 24)
     config = dataclasses.replace(tiny.CONFIG, deterministic=True, max_num_seqs=num_slots)
     there, here = (Engine(tiny.MODEL, tiny.params(), config, instance_id=i, kv_pool=pool) for i in range(2))
-    sibling, mine = (tiny.chunk(tiny.prompt(0, 70), index=i, max_chunk=6) for i in range(2))
+    sibling, mine = (tiny.chunk(tiny.prompt(0, 70), index=i, max_chunk=size) for i, size in enumerate((20, 6)))
     there.submit(mine)
     paused = tiny.drain(there)[1]
-    here.submit(dataclasses.replace(sibling, max_total_tokens=76))
+    here.submit(sibling)
     while not here.status().num_generated_tokens:
         here.step()
     known = np.concatenate([mine.token_ids, paused.token_ids])
