@@ -11,6 +11,10 @@ import numpy as np
 from seer_jax.core.errors import TransferError
 from seer_jax.core.step_shapes import geometric_buckets, pick_bucket
 
+PINNED_HOST = "pinned_host"
+HOST_PLATFORMS = ("cpu",)
+"""Whose arrays numpy reads where they are; a copy to pinned memory would be one more."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HostKV:
@@ -49,10 +53,14 @@ class KVTransfer:
     def export_pages(self, caches: list[jax.Array], pages: list[int]) -> jax.Array:
         """Copy `pages` of all layers to one array on device, on its way to the host; does not wait for it.
 
+        It goes to pinned memory where the device has such, else wherever jax takes it. Of a mesh one device sends.
+
         Returns:
             [at least num_pages, num_layers, page_size, row_width]; what is more is padding.
         """
-        export = _gather(caches, self._pad(pages))
+        export = _gather(caches, self._pad(pages)).addressable_data(0)  # As the caches, whole on every device.
+        if _has_pinned_host(export.device):
+            return jax.device_put(export, export.sharding.with_memory_kind(PINNED_HOST))
         export.copy_to_host_async()
         return export
 
@@ -84,6 +92,11 @@ class KVTransfer:
         padded = np.zeros(pick_bucket(len(pages), self._buckets), np.int32)
         padded[: len(pages)] = pages
         return padded
+
+
+def _has_pinned_host(device: jax.Device) -> bool:
+    kinds = (memory.kind for memory in device.addressable_memories())
+    return device.platform not in HOST_PLATFORMS and PINNED_HOST in kinds
 
 
 @jax.jit

@@ -43,6 +43,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 from dataclasses import replace
 import jax, numpy as np
 from seer_jax.config.schema import ShardingConfig
+from seer_jax.engine import kv_transfer
 from seer_jax.engine.engine import Engine
 from seer_jax.sharding import make_mesh
 from tests.engine import tiny
@@ -63,6 +64,8 @@ for part in range(4):  # From one device to two and back through the pool, then 
     known, logprobs = np.concatenate([known, event.token_ids]), [*logprobs, *event.logprobs]
     if event.kv is None:
         break
+    if part == 1:
+        kv_transfer.HOST_PLATFORMS = ()  # From now on through pinned memory, as from an accelerator.
     taken = engine.take_kv(whole.request_id)
     if left is not None:  # What came out of the pool lies here as it was there, bit for bit.
         rows = [np.swapaxes(k.pages, 1, 2).reshape(-1, *taken.pages.shape[1::2])[: left.num_tokens]
