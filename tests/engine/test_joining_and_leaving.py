@@ -27,7 +27,7 @@ def make_engine(instance_id: int, num_slots: int = 4, pool: SharedPool | None = 
 
 
 class ElasticCluster(LocalCluster):
-    """When `MIDDLE` chunks are finished an instance joins, or one leaves as soon as it has nothing but paused requests."""
+    """When `MIDDLE` chunks are finished an instance joins, or one leaves as soon as it has paused requests only."""
 
     def __init__(self, engines: Sequence[Engine], *, joins: Engine | None = None, leaves: int | None = None) -> None:
         super().__init__(engines)
