@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from seer_jax.config.presets import load_config, resolve_preset_path
-from seer_jax.core.batching import ParkedKV
+from seer_jax.core.kv.shared_prompts import ParkedKV
 from seer_jax.core.types import RequestChunk, RequestId, SamplingParams, sampling_key
 from seer_jax.engine.engine import Engine
 from seer_jax.engine.factory import build_engine

@@ -82,7 +82,7 @@ class RolloutConfig:
     """An instance that has work and gives no sign of life for so long is taken for dead, and its requests go on
     elsewhere. More than its longest compilation and its longest step."""
     max_replacements: int = 16
-    """Instances that may be started in a run in place of lost ones; 0 = the others do the work."""
+    """Instances that may be started in each rollout in place of lost ones; 0 = the others do the work."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,57 +5,19 @@ never preempted) and chunks that grow on demand (the baseline: the youngest is p
 """
 
 import bisect
-from collections import ChainMap, Counter
+from collections import ChainMap
 from collections.abc import Container, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 import numpy as np
 
 from seer_jax.core.errors import ProtocolError
 from seer_jax.core.kv.page_pool import PagePool, pages_for_tokens
 from seer_jax.core.kv.rank_pages import ParkedKV, RankPages
+from seer_jax.core.kv.shared_prompts import SharedPrompt
 from seer_jax.core.sequence import NewTokens, Sequence
+from seer_jax.core.step_plan import PrefillSlice, StepPlan
 from seer_jax.core.types import InstanceInfo, InstanceStatus, RequestChunk, RequestId
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefillSlice:
-    """`count` tokens of a sequence from position `start`, computed in one step."""
-
-    sequence: Sequence
-    start: int
-    count: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the slice ends at the newest known token, so that the step samples the next one."""
-        return self.start + self.count == self.sequence.num_tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepPlan:
-    """What one dispatch computes.
-
-    Attributes:
-        decodes: Sequences with one pending token.
-        prefills: Slices of sequences with more.
-        num_steps: Decode steps at most before the host must look again.
-        copies: (source page, target page) to be copied in all layers before the step.
-    """
-
-    decodes: SequenceOf[Sequence]
-    prefills: SequenceOf[PrefillSlice]
-    num_steps: int
-    copies: SequenceOf[tuple[int, int]] = ()
-
-    @property
-    def num_prefilled(self) -> int:
-        """Prompt tokens of the rank that computes most of them."""
-        by_rank = Counter()
-        for piece in self.prefills:
-            by_rank[piece.sequence.rank] += piece.count
-        return max(by_rank.values(), default=0)
 
 
 class BatchPlanner:
@@ -134,6 +96,10 @@ class BatchPlanner:
             admitted.append(sequence)
         self._note_usage()
         return admitted
+
+    def num_present(self, chunk: RequestChunk) -> int:
+        """Leading tokens of a chunk that waits whose KV siblings have on every rank; it may be gone at admission."""
+        return min(self._num_computed(rank.find_prompt(chunk)) for rank in self.ranks)
 
     def plan(self) -> StepPlan | None:
         """Plan the next dispatch; None when nothing runs. May preempt growing sequences, youngest first."""
@@ -314,15 +280,19 @@ class BatchPlanner:
 
     def _note_present(self, sequence: Sequence, parked: ParkedKV | None) -> None:
         """Note what KV lies in the pages of an admitted sequence already."""
-        prompt = sequence.prompt
         if parked:
             sequence.note_kv(len(parked.token_ids))
-        elif prompt:
-            size = len(prompt.token_ids)
-            others = (other for other in self.running if other.prompt is prompt)
-            if prompt.num_parked or any(other.num_computed >= size for other in others):
-                self.num_shared_tokens += size
-                sequence.note_kv(size)
+        elif num_shared := self._num_computed(sequence.prompt):
+            self.num_shared_tokens += num_shared
+            sequence.note_kv(num_shared)
+
+    def _num_computed(self, prompt: SharedPrompt | None) -> int:
+        """Tokens of a prompt whose KV lies in its pages: all or, while the first sibling is at it, none."""
+        if prompt is None:
+            return 0
+        size = len(prompt.token_ids)
+        siblings = (other for other in self.running if other.prompt is prompt)
+        return size if prompt.num_parked or any(other.num_computed >= size for other in siblings) else 0
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from seer_jax.core.batching import StepPlan
 from seer_jax.core.draft.speculate import DraftBatch
 from seer_jax.core.sequence import NewTokens, Sequence
+from seer_jax.core.step_plan import StepPlan
 from seer_jax.core.step_shapes import StepShape
 from seer_jax.core.types import MAX_STOP_TOKENS
 

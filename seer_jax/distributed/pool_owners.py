@@ -92,8 +92,8 @@ class PoolOwners:
         ray.kill(actor)
         ray.wait([watch for watch, name in self.watches.items() if name == node], timeout=START_TIMEOUT_S)
 
-    def watches_now(self) -> dict[Any, str]:
-        """`watches`; kills owners and directory that leave a call unanswered for too long: a hang ends as a death."""
+    def kill_silent(self) -> None:
+        """Kill owners and directory that leave a call unanswered for too long: a hang ends as a death."""
         now, living = time.monotonic(), {**self.actors, DIRECTORY: self.directory}
         for node, actor in living.items():
             sent, asked, call = self._pings.get(node, (-math.inf, None, None))
@@ -105,7 +105,6 @@ class PoolOwners:
             elif now - sent > self._config.rollout.instance_timeout_s:
                 logging.warning("The KV pool's %s hangs", "directory" if node == DIRECTORY else "owner")
                 ray.kill(actor)
-        return self.watches
 
     def start_iteration(self) -> None:
         """Count anew, replacements too."""

@@ -86,9 +86,7 @@ class RayCluster:
         self._run_name = new_run_name()
         self._owns_ray = not ray.is_initialized()
         self._next_id = first_instance_id
-        self._num_replaced = 0
-        self._last_cause = "none"
-        self._policy_version = 0
+        self._num_replaced, self._policy_version, self._last_cause = 0, 0, "none"
         self._instances: dict[int, Instance] = {}
         self._polls: dict[Any, Instance] = {}
         self._starting: dict[Any, Instance] = {}
@@ -106,7 +104,7 @@ class RayCluster:
             self._actor_class = ray.remote(InstanceActor).options(
                 max_concurrency=MAX_CONCURRENCY, **actor_resources(self._platform, config)
             )
-            started = [self._start(place) for place in range(config.rollout.instances)]
+            started = [self._start(place, is_replacement=False) for place in range(config.rollout.instances)]
             self._await_first(started, min_instances(config))
             if config.speculation.mode in ("grouped", "grouped_tree"):
                 speculation = config.speculation
@@ -134,7 +132,7 @@ class RayCluster:
             self._introduce()  # An instance that gave a server up, or that of a new one, hears of it again.
         if self._pool_owners is not None:
             self._pool_owners.start_iteration()
-        self._policy_version = policy_version
+        self._policy_version, self._num_replaced = policy_version, 0
         if params is not None:
             self._weights = ray.put(params)
         weights = None if params is None else self._weights
@@ -175,7 +173,9 @@ class RayCluster:
         for instance in self._instances.values():
             if instance not in polled:
                 self._poll(instance)
-        watches = {} if self._pool_owners is None else self._pool_owners.watches_now()
+        watches = {} if self._pool_owners is None else self._pool_owners.watches
+        if watches:
+            self._pool_owners.kill_silent()
         calls = [*self._starting, *self._polls, *watches]
         ray.wait(calls, num_returns=1, timeout=WATCH_INTERVAL_S)
         # All that is there, or one that answered long ago would pass for silent after a stall of this process.
@@ -227,7 +227,7 @@ class RayCluster:
         if self._owns_ray:
             ray.shutdown()
 
-    def _start(self, place: int) -> Any:
+    def _start(self, place: int, *, is_replacement: bool) -> Any:
         """Start an actor and let it build its engine; returns the call under way."""
         actor, instance_id = self._actor_class.remote(), self._next_id
         self._next_id += 1
@@ -238,7 +238,7 @@ class RayCluster:
             self._config,
             place,
             self._run_name,
-            self._num_replaced > 0,
+            is_replacement,
             self._platform == "cpu",
         )
         # Ray may have no place for it, for as long as it takes: only then does it begin to be silent.
@@ -321,7 +321,7 @@ class RayCluster:
         logging.warning("Instance %d is lost; replacements left: %d; %s", instance.instance_id, left, self._last_cause)
         if left > 0:
             self._num_replaced += 1
-            self._start(instance.place)
+            self._start(instance.place, is_replacement=True)
 
     def _introduce(self) -> list[Any]:
         """Tell the instances of each other, of the draft servers and of the owners of their KV pool."""

@@ -81,10 +81,11 @@ class LocalCluster:
             speculation: That of the engines.
             build: Makes the engine that takes the place of one that was killed, from that place, its own id and the
                 weights.
-            max_replacements: How many there may be.
+            max_replacements: How many there may be in each iteration.
             chaos: Faults.
         """
-        self._build, self._num_replacements, self._chaos = build, max_replacements, chaos
+        self._build, self._max_replacements, self._chaos = build, max_replacements, chaos
+        self._num_replaced = 0
         self._pending: list[Event] = []
         self._places = {engine.info.instance_id: place for place, engine in enumerate(engines)}
         self._next_id = 1 + max(self._places)
@@ -106,6 +107,7 @@ class LocalCluster:
 
     def start_iteration(self, policy_version: int, params: Mapping[str, Any] | None) -> None:
         """See `Cluster`."""
+        self._num_replaced = 0
         if self._draft_server is not None:
             self._exchange_drafts(self._draft_server)  # What was said last, for its memory.
             self._draft_server.start_epoch(policy_version)
@@ -145,9 +147,9 @@ class LocalCluster:
         dead, place = self._engines.pop(instance_id), self._places[instance_id]
         dead.close()
         self._pending.append(InstanceLost(instance_id=instance_id))
-        if self._build is None or not self._num_replacements:
+        if self._build is None or self._num_replaced >= self._max_replacements:
             return
-        self._num_replacements -= 1
+        self._num_replaced += 1
         engine = self._build(place, self._next_id, dead.params)
         engine.start_iteration(dead.policy_version)
         self._engines[self._next_id], self._places[self._next_id] = engine, place

@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kernels_pallas.mla_attention import pad_row_width
 from seer_jax.config.schema import ChaosConfig, EngineConfig, SpeculationConfig
 from seer_jax.config.validate import check_ranks
-from seer_jax.core.batching import BatchPlanner, StepPlan
+from seer_jax.core.batching import BatchPlanner
 from seer_jax.core.draft.speculator import Proposal, Speculator
 from seer_jax.core.errors import ProtocolError
 from seer_jax.core.events import ChunkFinished
 from seer_jax.core.packing import Run, draft_runs, plan_runs
 from seer_jax.core.rank_packing import pack_ranks, pick_shape, pick_verify_shape, unpack_ranks
 from seer_jax.core.sequence import NewTokens, Sequence
+from seer_jax.core.step_plan import StepPlan
 from seer_jax.core.step_shapes import StepBuckets, StepShape
 from seer_jax.core.types import InstanceInfo, InstanceStatus, KVHandle, RequestChunk, RequestId
+from seer_jax.engine.kv_blocks import BlockLayout
 from seer_jax.engine.kv_transfer import HostKV, KVTransfer
 from seer_jax.engine.parallel import count_ranks, place
 from seer_jax.engine.paused_kv import PausedKV
@@ -105,15 +106,12 @@ class Engine:
         self._transfer = KVTransfer(self.buckets.max_pages, self._mesh)
         self.policy_version = policy_version
         self.params = self._place(params)
-        row_width = pad_row_width(model_config.latent_width, jax.default_backend())
-        cache_shape = (config.num_pages, config.page_size, row_width)
-        self._caches = [
-            jnp.zeros(cache_shape, dtype, device=cache_sharding) for _ in range(model_config.num_hidden_layers)
-        ]
+        layout = BlockLayout.of(model_config, config.page_size, dtype)
+        num_layers, *page_shape = layout.page_shape
+        cache_shape = (config.num_pages, *page_shape)
+        self._caches = [jnp.zeros(cache_shape, dtype, device=cache_sharding) for _ in range(num_layers)]
         pool = EmbeddedKVPool(DEFAULT_POOL_BYTES) if kv_pool is None else kv_pool
-        self._paused_kv = PausedKV(
-            self._planner, self._transfer, pool, self._caches, repr(model_config), chaos, always_moves=always_moves_kv
-        )
+        self._paused_kv = PausedKV(self._planner, self._transfer, pool, layout, chaos, always_moves=always_moves_kv)
         self._next_expiry = 0.0
         self._reset_measurements()
 

@@ -9,6 +9,7 @@ import jax
 from seer_jax.config.schema import RunConfig, num_mesh_devices
 from seer_jax.engine.cluster import LocalCluster
 from seer_jax.engine.engine import Engine
+from seer_jax.engine.kv_blocks import BlockLayout
 from seer_jax.kvpool import KVPool
 from seer_jax.kvpool.factory import new_run_name, open_pool
 from seer_jax.models.config import DecoderConfig
@@ -45,7 +46,13 @@ def build_engine(
     """
     enable_compilation_cache(config.engine.compilation_cache_dir)
     if kv_pool is None:
-        kv_pool = open_pool(config, f"instance-{place}", run_name or new_run_name(), is_replacement=is_replacement)
+        kv_pool = open_pool(
+            config,
+            f"instance-{place}",
+            run_name or new_run_name(),
+            block_bytes=BlockLayout.of(model_config, config.engine.page_size, params["embed"].dtype).block_bytes,
+            is_replacement=is_replacement,
+        )
     engine = Engine(
         model_config,
         params,

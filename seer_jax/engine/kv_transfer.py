@@ -15,6 +15,10 @@ from seer_jax.engine.parallel import BY_RANK, RANKS, by_rank, count_ranks
 
 Caches = list[jax.Array]
 
+PINNED_HOST = "pinned_host"
+HOST_PLATFORMS = ("cpu",)
+"""Whose arrays numpy reads where they are; a copy to pinned memory would be one more."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HostKV:
@@ -26,12 +30,14 @@ class HostKV:
         num_tokens: Tokens covered, from position 0.
         policy_version: Weights that produced it.
         num_saved_blocks: How many of its first blocks a shared pool has too.
+        first_page: Pages that come before `pages`; who asked for it has them already.
     """
 
     pages: np.ndarray
     num_tokens: int
     policy_version: int
     num_saved_blocks: int = 0
+    first_page: int = 0
 
 
 class KVTransfer:
@@ -58,6 +64,8 @@ class KVTransfer:
     def export_pages(self, caches: list[jax.Array], pages: list[int]) -> jax.Array:
         """Copy `pages` of one rank, in all layers, to an array on device, on its way to the host; does not wait for it.
 
+        It goes to pinned memory where the device has such, else wherever jax takes it. Of a mesh one device sends.
+
         Returns:
             [at least num_pages, num_layers, page_size, row_width]; what is more is padding.
         """
@@ -66,6 +74,10 @@ class KVTransfer:
             rank = pages[0] * self._num_ranks // caches[0].shape[0] if pages else 0
             first = rank * len(export) // self._num_ranks
             export = next(shard.data for shard in export.addressable_shards if shard.index[0].start == first)
+        else:
+            export = export.addressable_data(0)  # As the caches, whole on every device.
+        if _has_pinned_host(export.device):
+            return jax.device_put(export, export.sharding.with_memory_kind(PINNED_HOST))
         export.copy_to_host_async()
         return export
 
@@ -97,6 +109,11 @@ class KVTransfer:
         padded = np.zeros(pick_bucket(len(pages), self._buckets), np.int32)
         padded[: len(pages)] = pages
         return padded
+
+
+def _has_pinned_host(device: jax.Device) -> bool:
+    kinds = (memory.kind for memory in device.addressable_memories())
+    return device.platform not in HOST_PLATFORMS and PINNED_HOST in kinds
 
 
 @cache

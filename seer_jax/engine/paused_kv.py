@@ -16,17 +16,16 @@ import jax
 import numpy as np
 
 from seer_jax.config.schema import ChaosConfig
-from seer_jax.core.batching import BatchPlanner, ParkedKV
+from seer_jax.core.batching import BatchPlanner
 from seer_jax.core.errors import TransferError
+from seer_jax.core.kv.rank_pages import ParkedKV
 from seer_jax.core.move_cost import MoveCosts
 from seer_jax.core.sequence import Sequence
-from seer_jax.core.types import RequestChunk, RequestId, TokenIds
+from seer_jax.core.types import RequestChunk, RequestId
+from seer_jax.engine.kv_blocks import BlockLayout
 from seer_jax.engine.kv_transfer import HostKV, KVTransfer
-from seer_jax.kvpool import BlockKey, KVPool, PoolStats, Status, block_key, chain_keys, fingerprint
+from seer_jax.kvpool import BlockKey, KVPool, PoolStats, Status
 
-BLOCK_TOKENS = 32
-"""Tokens of a block, or one page if that is more. Half of it is sent again per chunk, the last block being partial; the
-pool's 50 to 100 us a block are then less than a tenth of the copy for Moonlight (1 MB) and Kimi-K2 (2.2 MB)."""
 MAX_SAVES = 4
 """Exports on their way to the pool at most, since each of them holds memory of its own."""
 
@@ -41,6 +40,7 @@ class Saved:
         policy_version: Weights that computed them.
         put: How many of the first blocks the pool has.
         fetch: What came back.
+        first_fetched: The first block of `fetch`; siblings had those before it here when it began.
     """
 
     keys: list[BlockKey]
@@ -48,6 +48,7 @@ class Saved:
     policy_version: int
     put: Future[int]
     fetch: Future[HostKV | None] | None = None
+    first_fetched: int = 0
 
 
 class PausedKV:
@@ -66,8 +67,7 @@ class PausedKV:
         planner: BatchPlanner,
         transfer: KVTransfer,
         pool: KVPool,
-        caches: list[jax.Array],
-        model: str,
+        layout: BlockLayout,
         chaos: ChaosConfig,
         *,
         always_moves: bool,
@@ -78,21 +78,13 @@ class PausedKV:
             planner: The engine's.
             transfer: The engine's.
             pool: Closed by `close`.
-            caches: The engine's, for their shape and type.
-            model: Names the model's shapes.
+            layout: Of the engine's KV.
             chaos: Faults.
             always_moves: See `MoveCosts`.
         """
         self.wait_s, self.num_saved_bytes = 0.0, 0
         self.costs = MoveCosts(planner.max_prefill_tokens, always_moves=always_moves)
-        self._planner, self._transfer, self._pool = planner, transfer, pool
-        page_size, row_width = caches[0].shape[1:]
-        self._page_shape, self._dtype = (len(caches), page_size, row_width), np.dtype(caches[0].dtype)
-        self._layout = fingerprint(
-            model=model, dtype=self._dtype.name, layers=len(caches), page=page_size, row=row_width
-        )
-        self._page_bytes = int(np.prod(self._page_shape)) * self._dtype.itemsize
-        self._pages_per_block = max(1, BLOCK_TOKENS // page_size)
+        self._planner, self._transfer, self._pool, self._layout = planner, transfer, pool, layout
         # Apart, since a put may wait for the pool's disk, and the engine for what is fetched.
         self._putting, self._fetching = (ThreadPoolExecutor(1, f"kv-{name}") for name in ("put", "fetch"))
         self._saved: dict[RequestId, Saved] = {}
@@ -126,11 +118,11 @@ class PausedKV:
         if self._pool.is_shared:
             known = self._saved.get(request_id)
             if known is None or known.num_tokens < handle.num_tokens:
-                keys = self._keys(request_id, chunk.token_ids[: handle.num_tokens], handle.policy_version)
+                keys = self._layout.keys(request_id, chunk.token_ids[: handle.num_tokens], handle.policy_version)
                 num_held = handle.ref.num_saved_blocks if isinstance(handle.ref, HostKV) else len(keys)
                 self._saved[request_id] = Saved(keys, handle.num_tokens, handle.policy_version, _done(num_held))
         if not isinstance(handle.ref, HostKV):
-            self._begin_fetch(request_id)
+            self._begin_fetch(request_id, self._planner.num_present(chunk))
 
     def begin_take(
         self, request_id: RequestId, caches: list[jax.Array], policy_version: int
@@ -143,14 +135,14 @@ class PausedKV:
         """
         parked, saved = self._planner.unpark(request_id), self._saved.get(request_id)
         if parked is None and not self._pool.is_shared:
-            fetch = self._take_fetch(request_id)
+            fetch = self._take_fetch(request_id, 0)
             return (lambda: None) if fetch is None else fetch.result
         self._saved.pop(request_id, None)
         export = None if parked is None else self._transfer.export_pages(caches, parked.pages)
         num_full = len(saved.keys) if saved is not None else 0
         if saved is not None and parked is not None and saved.num_tokens < len(parked.token_ids):
             # The pool was busy at the end of the last chunk. A partial block of the one before is of no more use.
-            partial = [key for key in saved.keys if key.num_tokens < self._pages_per_block * self._page_shape[1]]
+            partial = [key for key in saved.keys if key.num_tokens < self._layout.block_tokens]
             num_full -= len(partial)
             self._putting.submit(self._pool.drop, partial)
 
@@ -178,14 +170,15 @@ class PausedKV:
             return caches
         kv = handle.ref
         if not isinstance(kv, HostKV):
-            fetch = self._take_fetch(sequence.chunk.request_id)
+            fetch = self._take_fetch(sequence.chunk.request_id, num_present)
             kv = None if fetch is None else self._wait(fetch)
         if kv is None or kv.policy_version != policy_version or kv.num_tokens <= num_present:
             return caches
         try:
             # Siblings read the pages of the prompt that are there already.
             first, end = num_present // self._planner.info.page_size, self._planner.pages_for(kv.num_tokens)
-            caches = self._transfer.import_pages(caches, sequence.pages[first:end], kv.pages[first:])
+            data = kv.pages[first - kv.first_page :]
+            caches = self._transfer.import_pages(caches, sequence.pages[first:end], data)
         except TransferError:
             return caches
         # Nobody else may hold the host's copy for as long as the chunk runs.
@@ -241,7 +234,7 @@ class PausedKV:
 
     def _save(self, request_id: RequestId, parked: ParkedKV, caches: list[jax.Array], policy_version: int) -> None:
         """Send the blocks that the pool does not have yet, and let it drop the partial one that another replaces."""
-        keys = self._keys(request_id, parked.token_ids, policy_version)
+        keys = self._layout.keys(request_id, parked.token_ids, policy_version)
         old, first = self._saved.get(request_id), 0
         if old is not None:
             num_held = old.put.result() if old.put.done() else len(old.keys)
@@ -249,10 +242,10 @@ class PausedKV:
         if first == len(keys):
             return
         replaced = [] if old is None else [key for key in old.keys if key not in keys]
-        pages = parked.pages[first * self._pages_per_block :]
+        pages = parked.pages[first * self._layout.pages_per_block :]
         export = self._transfer.export_pages(caches, pages)
         # What the scheduler runs first is kept longest; then no block is kept longer than those it is useless without.
-        priority = -parked.priority - first * BLOCK_TOKENS / self._planner.info.max_model_len
+        priority = -parked.priority - first * self._layout.block_tokens / self._planner.info.max_model_len
         put = self._putting.submit(self._put, keys, first, export, len(pages), priority)
         if replaced:
             self._putting.submit(self._pool.drop, replaced)
@@ -264,7 +257,8 @@ class PausedKV:
         # A pool that evicts, or whose owner died, has less than it was given; the next save sends it again.
         held = self._pool.contains(keys[:first]) if first else []
         # From the back, so that the first blocks count as used last.
-        statuses = self._pool.put_blocks(keys[first:][::-1], self._cut(pages)[::-1], priority=priority)[::-1]
+        blocks = self._layout.cut(pages)
+        statuses = self._pool.put_blocks(keys[first:][::-1], blocks[::-1], priority=priority)[::-1]
         held += [status is Status.STORED for status in statuses]
         self.num_saved_bytes += pages.nbytes
         self._num_refused += len(statuses) - statuses.count(Status.STORED)
@@ -272,20 +266,25 @@ class PausedKV:
             self._num_to_corrupt -= 1
         return held.index(False) if False in held else len(keys)
 
-    def _begin_fetch(self, request_id: RequestId) -> Future[HostKV | None] | None:
-        """Start to get a request's KV out of the pool if that is worth it; None if nothing is there."""
+    def _begin_fetch(self, request_id: RequestId, num_present: int) -> Future[HostKV | None] | None:
+        """Start to get a request's KV out of the pool if that is worth it; None if nothing is there.
+
+        What siblings have here, `num_present` leading tokens, is left out; begun anew if less is here than before.
+        """
         saved = self._saved.get(request_id)
         if saved is None:
             return None
-        if saved.fetch is None:
-            num_bytes = self._planner.pages_for(saved.num_tokens) * self._page_bytes
-            pays = self.costs.moving_pays(saved.num_tokens, num_bytes)
-            saved.fetch = self._fetching.submit(self._fetch, saved) if pays else _done(None)
+        first = num_present // self._layout.block_tokens
+        if saved.fetch is None or first < saved.first_fetched:
+            num_pages = self._planner.pages_for(saved.num_tokens) - first * self._layout.pages_per_block
+            pays = self.costs.moving_pays(saved.num_tokens - num_present, num_pages * self._layout.page_bytes)
+            saved.first_fetched = first
+            saved.fetch = self._fetching.submit(self._fetch, saved, first, num_pages) if pays else _done(None)
         return saved.fetch
 
-    def _take_fetch(self, request_id: RequestId) -> Future[HostKV | None] | None:
+    def _take_fetch(self, request_id: RequestId, num_present: int) -> Future[HostKV | None] | None:
         """`_begin_fetch`, for one who takes what comes; a pool of one's own drops it."""
-        fetch = self._begin_fetch(request_id)
+        fetch = self._begin_fetch(request_id, num_present)
         if fetch is not None:
             self._saved[request_id].fetch = None
             if not self._pool.is_shared:
@@ -293,36 +292,24 @@ class PausedKV:
                 fetch.add_done_callback(lambda _: self._putting.submit(self._pool.drop, keys))
         return fetch
 
-    def _fetch(self, saved: Saved) -> HostKV | None:
-        """Get blocks up to the first one that is gone."""
-        saved.put.result()
-        pages = np.empty((self._planner.pages_for(saved.num_tokens), *self._page_shape), self._dtype)
+    def _fetch(self, saved: Saved, first: int, num_pages: int) -> HostKV | None:
+        """Get blocks from a first one, where `num_pages` pages begin, up to the first one that is gone."""
+        num_held, layout = saved.put.result(), self._layout
+        pages = np.empty((num_pages, *layout.page_shape), layout.dtype)
         started = time.perf_counter()
-        statuses = self._pool.get_blocks(saved.keys, self._cut(pages))
+        statuses = self._pool.get_blocks(saved.keys[first:], layout.cut(pages))
         self._num_corrupt += statuses.count(Status.CORRUPT)
         num_hits = next((i for i, status in enumerate(statuses) if status is not Status.HIT), len(statuses))
         if num_hits == len(statuses):
             self.costs.move.note(pages.nbytes, time.perf_counter() - started)
         else:
-            saved.put = _done(num_hits)
+            saved.put = _done(min(num_held, first + num_hits))
         if not num_hits:
             return None
-        num_tokens = min(saved.num_tokens, num_hits * self._pages_per_block * self._page_shape[1])
-        pages = pages[: self._planner.pages_for(num_tokens)]
-        return HostKV(pages=pages, num_tokens=num_tokens, policy_version=saved.policy_version)
-
-    def _keys(self, request_id: RequestId, token_ids: TokenIds, policy_version: int) -> list[BlockKey]:
-        """Name a request's blocks. They are its own, even where a sibling has said the same: it drops them."""
-        owner = f"{request_id.group_id}/{request_id.index}".encode()
-        names = {"epoch": policy_version, "layout": self._layout + owner}
-        block_tokens = self._pages_per_block * self._page_shape[1]
-        keys = chain_keys(token_ids, block_tokens, **names)
-        rest = token_ids[len(keys) * block_tokens :]
-        return [*keys, block_key(keys[-1] if keys else None, rest, **names)] if len(rest) else keys
-
-    def _cut(self, pages: np.ndarray) -> list[np.ndarray]:
-        """Views of the pages of each block."""
-        return [pages[i : i + self._pages_per_block] for i in range(0, len(pages), self._pages_per_block)]
+        num_tokens = min(saved.num_tokens, (first + num_hits) * layout.block_tokens)
+        first_page = first * layout.pages_per_block
+        pages = pages[: self._planner.pages_for(num_tokens) - first_page]
+        return HostKV(pages=pages, num_tokens=num_tokens, policy_version=saved.policy_version, first_page=first_page)
 
     def _wait(self, future: Future) -> Any:
         started = time.perf_counter()

@@ -1,11 +1,13 @@
 """Pools from a configuration."""
 
 import logging
+import math
 import secrets
 from pathlib import Path
 
 from seer_jax.config.schema import RunConfig
 from seer_jax.core.errors import ConfigError, ProtocolError
+from seer_jax.kvpool.blocks import HEADER_BYTES
 from seer_jax.kvpool.embedded import EmbeddedKVPool
 from seer_jax.kvpool.mooncake import MooncakeKVPool
 from seer_jax.kvpool.pool import KVPool
@@ -19,7 +21,7 @@ def new_run_name() -> str:
     return f"seer-{secrets.token_hex(8)}"
 
 
-def open_pool(config: RunConfig, name: str, run_name: str, *, is_replacement: bool) -> KVPool:
+def open_pool(config: RunConfig, name: str, run_name: str, *, block_bytes: int, is_replacement: bool) -> KVPool:
     """Open an instance's pool, by the name of the backend.
 
     `ray` is not opened here: an instance's actor brings it, since only `distributed` knows Ray.
@@ -28,6 +30,7 @@ def open_pool(config: RunConfig, name: str, run_name: str, *, is_replacement: bo
         config: The run.
         name: Of its directory in `kvpool.directory`, if it has one.
         run_name: Of `new_run_name`, the same for all instances of the run.
+        block_bytes: Size of the largest block that will be put there.
         is_replacement: Whether the run is under way: then an instance that finds no Mooncake has an embedded pool.
 
     Raises:
@@ -39,7 +42,7 @@ def open_pool(config: RunConfig, name: str, run_name: str, *, is_replacement: bo
             return open_embedded_pool(config, name)
         case "mooncake":
             try:
-                return open_mooncake_pool(config, run_name)
+                return open_mooncake_pool(config, run_name, block_bytes)
             except ConfigError as error:
                 if not is_replacement:
                     raise
@@ -77,17 +80,22 @@ def open_embedded_pool(config: RunConfig, name: str) -> EmbeddedKVPool:
     return pool
 
 
-def open_mooncake_pool(config: RunConfig, run_name: str) -> MooncakeKVPool:
+def open_mooncake_pool(config: RunConfig, run_name: str, block_bytes: int) -> MooncakeKVPool:
     """Become a client of the Mooncake store that `kvpool.mooncake_master` leads.
 
     Args:
         config: The run.
         run_name: Of `new_run_name`.
+        block_bytes: Size of the largest block that will be put there; it must fit in `kvpool.mooncake_buffer_mib`.
 
     Raises:
         ConfigError: If it is not installed, its master does not answer, or the settings cannot be used.
     """
     settings = config.kvpool
+    least_mib = math.ceil((HEADER_BYTES + block_bytes) / (1 << 20))
+    if settings.mooncake_buffer_mib < least_mib:
+        problem = f"is {settings.mooncake_buffer_mib}, but a KV block of this model has {block_bytes} bytes"
+        raise ConfigError("kvpool.mooncake_buffer_mib", problem, f"give at least {least_mib}")
     try:
         return MooncakeKVPool(
             settings.mooncake_master,

@@ -60,12 +60,13 @@ class TrainingRun:
     ) -> None:
         self._config, self._runner, self._learner, self._task = config, runner, learner, task
         self._run_dir, self._on_record, self._stop_token_ids = run_dir, on_record, stop_token_ids
-        self._log, self._is_updating = log, False
+        self._log, self._num_updates = log, 0
 
     def run(self, first: int = 0) -> dict[str, Any]:
         """Train.
 
-        Ctrl-C saves the iterations that are finished, unless it falls into the learner's update.
+        Ctrl-C saves the iterations whose update is finished, unless it falls into the learner's update or a save. If it
+        comes right after the update, that iteration has no record.
 
         Args:
             first: Iterations that are done already, see `restore_learner`.
@@ -78,15 +79,16 @@ class TrainingRun:
         resumed = self._respond(first) if self._runner.is_resuming else None
         reward_before = self._evaluate(first)
         records: list[dict[str, Any]] = []
-        train = self._config.train
+        train, version = self._config.train, self._learner.policy_version
         with open_checkpoints(self._run_dir, train.keep_checkpoints) as checkpoints:
             for iteration in range(first, train.iterations):
                 try:
                     responses, resumed = resumed or self._respond(iteration), None
                     records.append(self._learn(iteration, *responses))
                 except KeyboardInterrupt:
-                    if records and not self._is_updating:
-                        self._save(checkpoints, iteration)
+                    num_done = self._learner.policy_version - version
+                    if 0 < num_done == self._num_updates:  # Else an update has changed part of the state, perhaps.
+                        self._save(checkpoints, first + num_done)
                     raise
                 done = iteration + 1
                 if done % train.checkpoint_every == 0 or done == train.iterations:
@@ -117,9 +119,8 @@ class TrainingRun:
         group_ids = np.array([sample.request_id.group_id for sample in result.samples])
         advantages = group_advantages(rewards, group_ids, config.train.loss)
         judged = time.perf_counter()
-        self._is_updating = True
+        self._num_updates += 1
         learned = self._learner.update(result.samples, advantages)
-        self._is_updating = False
         record = {
             "kind": "iteration",
             "iteration": iteration + 1,

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from seer_jax.core.batching import BatchPlanner, StepPlan
+from seer_jax.core.batching import BatchPlanner
 from seer_jax.core.sequence import NewTokens, Sequence
+from seer_jax.core.step_plan import StepPlan
 from seer_jax.core.types import InstanceInfo, RequestChunk, RequestId, SamplingParams
 
 PAGE_SIZE = 4
@@ -51,21 +52,30 @@ def make_chunk(
     )
 
 
-def run(planner: BatchPlanner, plan: StepPlan, token: int = 1) -> list[Sequence]:
-    """Pretend to compute a plan: sequences emit `token` until the dispatch ends or one of them finishes."""
+def say(sequence: Sequence, start: int, stop: int) -> np.ndarray:
+    """Tokens that differ by request and position."""
+    group, index = sequence.chunk.request_id
+    return (1000 * (1 + 10 * group + index) + np.arange(start, stop)).astype(np.int32)
+
+
+def run(planner: BatchPlanner, plan: StepPlan, token: int | None = 1) -> list[Sequence]:
+    """Pretend to compute a plan: sequences emit `token`, or what they `say`, until the dispatch or one of them ends."""
     sampling = [*plan.decodes, *(piece.sequence for piece in plan.prefills if piece.is_last)]
     steps = 1 if plan.prefills else plan.num_steps
     steps = min([steps, *(s.limit - s.num_tokens for s in sampling)])
-    new = NewTokens(np.full(steps, token, np.int32), np.full(steps, -0.5, np.float32))
-    emitted = dict.fromkeys(sampling, new)
+    emitted = {}
+    for sequence in sampling:
+        start, same = sequence.num_tokens, np.full(steps, token or 0, np.int32)
+        said = say(sequence, start, start + steps) if token is None else same
+        emitted[sequence] = NewTokens(said, np.full(steps, -0.5, np.float32))
     return planner.commit(plan, emitted)
 
 
 class FakeCache:
     """What the pages hold, as the device would see it: the token whose KV lies in every slot."""
 
-    def __init__(self, planner: BatchPlanner) -> None:
-        self._planner = planner
+    def __init__(self, planner: BatchPlanner, token: int | None = 1) -> None:
+        self._planner, self._token = planner, token
         self._slots = np.full((sum(rank.pool.num_pages for rank in planner.ranks), PAGE_SIZE), -1)
         self.texts: dict[RequestId, np.ndarray] = {}
 
@@ -84,10 +94,20 @@ class FakeCache:
         for sequence, (start, stop) in written.items():
             self._write(sequence, start, stop)
             assert [self._slots[self._at(sequence, i)] for i in range(stop)] == sequence.token_ids[:stop].tolist()
-        finished = run(self._planner, plan)
+        finished = run(self._planner, plan, self._token)
         for sequence, (_, stop) in written.items():
             self._write(sequence, stop, sequence.num_computed)  # What the later steps of the dispatch computed.
         return finished
+
+    def read(self, pages: list[int], num_tokens: int) -> np.ndarray:
+        """What lies in pages, as it would be copied to the host."""
+        return self._slots[pages].reshape(-1)[:num_tokens].copy()
+
+    def load(self, pages: list[int], content: np.ndarray) -> None:
+        """Write such a copy into whole pages; what is beyond its end is garbage."""
+        padded = np.full(len(pages) * PAGE_SIZE, -1)
+        padded[: len(content)] = content
+        self._slots[pages] = padded.reshape(-1, PAGE_SIZE)
 
     def _write(self, sequence: Sequence, start: int, stop: int) -> None:
         for position in range(start, stop):

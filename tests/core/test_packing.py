@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from seer_jax.config.schema import EngineConfig, SpeculationConfig
 from seer_jax.core import packing
-from seer_jax.core.batching import PrefillSlice, StepPlan
 from seer_jax.core.draft.speculate import DraftBatch
 from seer_jax.core.packing import Run, draft_runs, pack, packed_size, plan_runs, unpack_outputs, views
 from seer_jax.core.sequence import Sequence
+from seer_jax.core.step_plan import PrefillSlice, StepPlan
 from seer_jax.core.step_shapes import StepBuckets, StepShape, truncates
 from seer_jax.core.types import RequestChunk, RequestId, SamplingParams
 

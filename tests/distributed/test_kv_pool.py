@@ -125,15 +125,16 @@ def test_an_owner_that_hangs_is_killed_and_another_takes_its_place(monkeypatch):
     config = RunConfig(kvpool=KVPoolConfig(backend="ray"), rollout=RolloutConfig(instance_timeout_s=2.0))
     owners = PoolOwners(dataclasses.replace(config, kvpool=dataclasses.replace(config.kvpool, dram_mib=1)))
     ((node, owner),) = owners.actors.items()
-    owners.watches_now()
+    owners.kill_silent()
     os.kill(ray.get(owner.__ray_call__.remote(lambda _: os.getpid())), signal.SIGSTOP)
     ended: list = []
     while not ended:
-        ended, _ = ray.wait(list(owners.watches_now()), timeout=0.1)
+        owners.kill_silent()
+        ended, _ = ray.wait(list(owners.watches), timeout=0.1)
     owners.replace(ended[0])
     assert owners.actors[node] is not owner and owners.stats().num_owners_lost == 1
     owners.kill()
-    owners.replace(next(iter(owners.watches_now())))
+    owners.replace(next(iter(owners.watches)))
     owners.close()
     owners.kill()  # Nobody is left: nothing happens.
 

@@ -66,7 +66,7 @@ def joined(log: list[Event]) -> list[int]:
 
 def test_the_only_instance_is_killed_and_another_takes_over_also_with_new_weights(expected):
     chaos = ChaosConfig(kill_instance=1)
-    cluster = start(instances=1)
+    cluster = start(instances=1, max_replacements=1)  # In each rollout.
     result, log = roll_out(cluster, chaos)
     assert result.stats.output_sha256 == expected.stats.output_sha256
     assert result.stats.instances_lost == 1 and result.stats.chunks_resumed > 0

@@ -4,12 +4,15 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from seer_jax.core.errors import ProtocolError
 from seer_jax.core.types import RequestId, SamplingParams
+from seer_jax.engine import kv_transfer
 from seer_jax.engine.engine import Engine
+from seer_jax.engine.kv_transfer import KVTransfer
 from tests.engine import tiny
 
 
@@ -79,6 +82,17 @@ def test_chunk_continues_on_another_instance_without_prefill() -> None:
     assert got == tokens
     assert engines[0].status().num_prefilled_tokens == 9
     assert engines[1].status().num_prefilled_tokens == 0
+
+
+def test_kv_goes_through_pinned_memory_where_that_is_not_the_devices_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    transfer = KVTransfer(8)
+    caches = [jnp.arange(10 * 4 * 6, dtype=jnp.float32).reshape(10, 4, 6) + layer for layer in range(2)]
+    plain = transfer.export_pages(caches, [3, 1, 7, 2, 5])
+    monkeypatch.setattr(kv_transfer, "HOST_PLATFORMS", ())
+    staged = transfer.export_pages(caches, [3, 1, 7, 2, 5])
+    assert (plain.sharding.memory_kind, staged.sharding.memory_kind) == ("device", "pinned_host")
+    assert np.asarray(staged).tobytes() == np.asarray(plain).tobytes()
+    test_chunk_continues_on_another_instance_without_prefill()
 
 
 def test_chunk_continues_where_it_was_on_the_pages_it_left() -> None:

@@ -1,24 +1,26 @@
 """KV that others need the pages of goes through the pool: small, damaged or full, it never costs a token."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from seer_jax.config.schema import ChaosConfig, KVPoolConfig, RolloutConfig, RunConfig
 from seer_jax.config.validate import validate
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.errors import ConfigError
+from seer_jax.core.move_cost import MoveCosts
 from seer_jax.core.scheduling import make_policy
-from seer_jax.core.types import SamplingParams
+from seer_jax.core.types import RolloutGroup, SamplingParams
 from seer_jax.engine import paused_kv
 from seer_jax.engine.cluster import LocalCluster
 from seer_jax.engine.engine import Engine
 from seer_jax.engine.factory import build_engine
-from seer_jax.engine.paused_kv import BLOCK_TOKENS
+from seer_jax.engine.kv_blocks import BLOCK_TOKENS
 from seer_jax.engine.rollout import RolloutResult, RolloutRunner
-from seer_jax.kvpool import EmbeddedKVPool
+from seer_jax.kvpool import BlockKey, EmbeddedKVPool, Status
 from tests.engine import tiny
 
 SAMPLING = SamplingParams(max_tokens=40, stop_token_ids=(1, 2), seed=5)
@@ -33,6 +35,7 @@ def roll_out(
     *,
     num_pages: int = 22,
     sampling: SamplingParams = SAMPLING,
+    prompts: Sequence[RolloutGroup] = (),
 ) -> RolloutResult:
     """Three groups of four on one instance per pool; few pages and short chunks, so that paused KV must go."""
     config = dataclasses.replace(tiny.CONFIG, deterministic=True, num_pages=num_pages)
@@ -43,7 +46,7 @@ def roll_out(
     cluster = LocalCluster(engines)
     settings = RolloutConfig(chunk_size=4, prefetch_chunks=0, starvation_interval=2)
     runner = RolloutRunner(cluster, RolloutDriver(make_policy("seer", settings)))
-    result = runner.run(tiny.groups(3, 4, sampling))
+    result = runner.run(prompts or tiny.groups(3, 4, sampling))
     runner.close()
     return result
 
@@ -126,6 +129,64 @@ def test_a_shared_pool_gets_every_token_once_and_keeps_nothing_that_ended(expect
     )
     assert 0 < figures.saved_bytes < TOKEN_BYTES * (tokens + 32 * figures.num_chunks) and whole > 2 * tokens
     assert stats.num_stored > 0 and stats.num_blocks == 0
+
+
+class NotedPool(EmbeddedKVPool):
+    """Notes how many blocks each call asks for."""
+
+    def __init__(self, max_dram_bytes: int) -> None:
+        super().__init__(max_dram_bytes)
+        self.asked: list[int] = []
+
+    def get_blocks(self, keys: Sequence[BlockKey], outs: Sequence[np.ndarray]) -> list[Status]:
+        """See `KVPool`."""
+        self.asked.append(len(keys))
+        return super().get_blocks(keys, outs)
+
+
+class NotedSharedPool(NotedPool, SharedPool):
+    """The same for several engines."""
+
+
+@pytest.mark.parametrize(("num_slots", "asked"), [(2, [1]), (1, [1, 3])])
+def test_only_what_siblings_do_not_have_is_weighed_and_brought(num_slots, asked, monkeypatch):
+    """Two blocks of the prompt are here while a sibling runs; one that is gone at admission is brought after all."""
+    weighed = []
+    monkeypatch.setattr(MoveCosts, "moving_pays", lambda _, *sizes: weighed.append(sizes) or True)
+    pool = NotedSharedPool(1 << 24)
+    config = dataclasses.replace(tiny.CONFIG, deterministic=True, max_num_seqs=num_slots)
+    there, here = (Engine(tiny.MODEL, tiny.params(), config, instance_id=i, kv_pool=pool) for i in range(2))
+    sibling, mine = (tiny.chunk(tiny.prompt(0, 70), index=i, max_chunk=size) for i, size in enumerate((20, 6)))
+    there.submit(mine)
+    paused = tiny.drain(there)[1]
+    here.submit(sibling)
+    while not here.status().num_generated_tokens:
+        here.step()
+    known = np.concatenate([mine.token_ids, paused.token_ids])
+    kv = dataclasses.replace(paused.kv, ref=None)
+    here.submit(tiny.chunk(known, num_prompt=70, index=1, chunk_index=1, max_chunk=6, kv=kv))
+    second = tiny.drain(here)[1]
+    whole = tiny.reference_decode(dataclasses.replace(mine, max_chunk_tokens=12))[0]
+    assert [*paused.token_ids, *second.token_ids] == whole
+    assert here.status().num_prefilled_tokens <= 70 and here.status().num_reprefilled_tokens == 0
+    page_bytes = 4 * TOKEN_BYTES
+    assert pool.asked == asked and weighed == [(75 - 68, 3 * page_bytes), (75, 19 * page_bytes)][: len(asked)]
+    for engine in (there, here):
+        engine.close()
+
+
+def test_prompts_longer_than_a_block_stay_with_their_siblings():
+    """Whoever comes, goes or is given away meanwhile: the same tokens, and nothing is computed again."""
+    sampling = dataclasses.replace(SAMPLING, max_tokens=24, stop_token_ids=())
+    groups = [
+        dataclasses.replace(group, prompt_token_ids=tiny.prompt(group.group_id, 45 + 5 * group.group_id))
+        for group in tiny.groups(3, 4, sampling)
+    ]
+    pool = NotedPool(1 << 24)
+    result = roll_out([pool], prompts=groups, num_pages=44)
+    check(result, roll_out([None], prompts=groups, num_pages=400))
+    assert result.stats.re_prefilled_tokens == 0 and result.stats.imported_tokens > 0
+    assert pool.asked.count(1), "some find the first block of their prompt here"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from seer_jax.config.schema import ChaosConfig, RolloutConfig, RunConfig
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.errors import InstanceLostError
 from seer_jax.core.eventlog import decode_events, encode_event
-from seer_jax.core.events import Event, InstanceLost
+from seer_jax.core.events import Event, InstanceJoined, InstanceLost
 from seer_jax.core.scheduling import make_policy
 from seer_jax.core.types import SamplingParams
 from seer_jax.engine import cluster
@@ -83,6 +83,19 @@ def test_without_replacements_the_others_do_the_work_and_the_last_one_cannot_go(
     check(roll_out(ChaosConfig(kill_instance=1), replacements=0), expected)
     with pytest.raises(InstanceLostError, match="requests remain"):
         roll_out(ChaosConfig(kill_instance=1), instances=1, replacements=0)
+
+
+def test_replacements_are_counted_anew_in_each_rollout():
+    rollout = dataclasses.replace(CONFIG.rollout, instances=1, max_replacements=1)
+    instances = build_local_cluster(dataclasses.replace(CONFIG, rollout=rollout), tiny.MODEL, tiny.params())
+    for version in range(3):
+        instances.start_iteration(version, None)
+        instances.kill(version)
+        assert instances.expects_instances
+        assert [type(event) for event in [*instances.wait(), *instances.wait()]] == [InstanceLost, InstanceJoined]
+    instances.kill(3)
+    assert not instances.expects_instances
+    instances.close()
 
 
 def test_a_slow_instance_changes_no_token(expected, monkeypatch):

@@ -14,7 +14,7 @@ from kernels_pallas.tree_verify import api as draw_api
 from seer_jax.config.schema import ShardingConfig
 from seer_jax.core.packing import pack
 from seer_jax.core.step_shapes import StepShape
-from seer_jax.engine import engine as engine_module
+from seer_jax.engine import kv_blocks
 from seer_jax.engine.step import make_step
 from seer_jax.models import decoder
 from seer_jax.sharding import MESH_AXES, make_mesh
@@ -28,8 +28,8 @@ from tests.engine.test_speculation import siblings
 @pytest.fixture(autouse=True)
 def padded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches as wide as on a TPU."""
-    pad_row_width = engine_module.pad_row_width
-    monkeypatch.setattr(engine_module, "pad_row_width", lambda width, _: pad_row_width(width, "tpu"))
+    pad_row_width = kv_blocks.pad_row_width
+    monkeypatch.setattr(kv_blocks, "pad_row_width", lambda width, _: pad_row_width(width, "tpu"))
 
 
 @pytest.fixture

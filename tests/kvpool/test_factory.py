@@ -11,7 +11,7 @@ from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.errors import ConfigError
 from seer_jax.core.scheduling import make_policy
 from seer_jax.core.types import SamplingParams
-from seer_jax.engine.factory import build_local_cluster
+from seer_jax.engine.factory import build_engine, build_local_cluster
 from seer_jax.engine.rollout import RolloutRunner
 from seer_jax.kvpool import EmbeddedKVPool, MooncakeKVPool, Status
 from seer_jax.kvpool.factory import new_run_name, open_pool
@@ -31,8 +31,8 @@ def test_what_is_missing_at_start_is_told_by_the_setting_and_a_replacement_goes_
     monkeypatch.setitem(sys.modules, "mooncake.store", None)
     config = mooncake_config("127.0.0.1:1", dram_mib=1)
     with pytest.raises(ConfigError, match=r"^kvpool\.backend: .*pip install"):
-        open_pool(config, "instance-0", new_run_name(), is_replacement=False)
-    pool = open_pool(config, "instance-0", new_run_name(), is_replacement=True)
+        open_pool(config, "instance-0", new_run_name(), block_bytes=1000, is_replacement=False)
+    pool = open_pool(config, "instance-0", new_run_name(), block_bytes=1000, is_replacement=True)
     assert isinstance(pool, EmbeddedKVPool)
     pool.close()
 
@@ -41,7 +41,19 @@ def test_what_is_missing_at_start_is_told_by_the_setting_and_a_replacement_goes_
 def test_a_master_that_is_not_there_is_told_by_the_setting():
     (port,) = free_ports(1)
     with pytest.raises(ConfigError, match=r"^kvpool\.mooncake_master: .*start_mooncake"):
-        open_pool(mooncake_config(f"127.0.0.1:{port}"), "instance-0", new_run_name(), is_replacement=False)
+        open_pool(
+            mooncake_config(f"127.0.0.1:{port}"), "instance-0", new_run_name(), block_bytes=1000, is_replacement=False
+        )
+
+
+def test_a_buffer_that_holds_no_block_is_refused_before_anything_is_asked_of_mooncake():
+    """A block with its header does not fit in as many MiB as it has itself."""
+    config = mooncake_config("127.0.0.1:1", mooncake_buffer_mib=1)
+    with pytest.raises(ConfigError, match=r"^kvpool\.mooncake_buffer_mib: is 1, .* 2097152 bytes.*at least 3"):
+        open_pool(config, "instance-0", new_run_name(), block_bytes=2 << 20, is_replacement=False)
+    page = dataclasses.replace(tiny.CONFIG, page_size=6000, num_pages=2)  # 192 bytes a token.
+    with pytest.raises(ConfigError, match=r"^kvpool\.mooncake_buffer_mib: .* 1152000 bytes.*at least 2"):
+        build_engine(dataclasses.replace(config, engine=page), tiny.MODEL, tiny.params(), instance_id=0)
 
 
 def test_the_least_segment_is_mooncakes():
@@ -53,7 +65,7 @@ def test_instances_of_a_run_share_and_runs_do_not():
     config = mooncake_config(shared_master().address, mooncake_segment_mib=16, mooncake_timeout_s=5.0)
     runs = [new_run_name(), new_run_name()]
     first, second, other = (
-        open_pool(config, f"instance-{place}", run, is_replacement=False)
+        open_pool(config, f"instance-{place}", run, block_bytes=1000, is_replacement=False)
         for place, run in enumerate((runs[0], runs[0], runs[1]))
     )
     put(first, range(3))

@@ -87,6 +87,7 @@ def train(
     task: EvenTokens | None = None,
     resume: bool = False,
     dies_at: tuple[int, int] = (-1, -1),
+    on_record: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Outcome:
     """Train as the command does.
 
@@ -96,6 +97,7 @@ def train(
         task: What to learn.
         resume: Go on with what an earlier call left there.
         dies_at: The iteration, from 0, and how many of its events are logged when `KilledError` is raised.
+        on_record: Called with every record.
     """
     run_dir.mkdir(exist_ok=True)
     learner = Learner(config, tiny.MODEL, tiny.params())
@@ -112,7 +114,7 @@ def train(
             task=task or EvenTokens(),
             run_dir=run_dir,
             log=log,
-            on_record=lambda record: records.append(dict(record)),
+            on_record=lambda record: (records.append(dict(record)), on_record(records[-1])),
             stop_token_ids=(1,),
         )
         return Outcome(run.run(first), records, jax.device_get(learner.params), is_same, obstacle)
@@ -279,6 +281,38 @@ def test_interrupted_run_keeps_its_finished_iterations(tmp_path: Path) -> None:
         train(tmp_path, task=EvenTokens(judge))
     resumed = train(tmp_path, resume=True)
     assert [record["iteration"] for record in iterations(resumed.records)] == [4]
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_run_that_is_interrupted_after_an_update_saves_it_under_its_own_number(
+    outcome: Outcome, tmp_path: Path, last: int
+) -> None:
+    """It goes on after that update, neither from weights of a later iteration nor with one of them twice."""
+
+    def interrupt(record: dict[str, Any]) -> None:
+        if record["kind"] == "iteration" and record["iteration"] == last:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, on_record=interrupt)
+    check_same_end(train(tmp_path, resume=True), outcome, last)
+
+
+def test_run_that_is_interrupted_in_an_update_keeps_the_checkpoint_before(
+    outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Learner._update_once
+
+    def interrupted(learner: Learner, *batch: Any) -> dict[str, float]:
+        metrics = update(learner, *batch)
+        if learner.policy_version == 3:
+            raise KeyboardInterrupt  # The weights are new, their version is not.
+        return metrics
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Learner, "_update_once", interrupted)
+        train(tmp_path)
+    check_same_end(train(tmp_path, resume=True), outcome, 2)
 
 
 def test_resume_of_a_finished_run_says_how_to_go_on(tmp_path: Path) -> None:

@@ -53,10 +53,14 @@ class RankPages:
         """Whether so many pages can be had."""
         return num_pages <= self.pool.num_free_pages or num_pages <= self.num_available_pages
 
+    def find_prompt(self, chunk: RequestChunk) -> SharedPrompt | None:
+        """What siblings have here of a chunk's prompt."""
+        return self._prompts.find(chunk)
+
     def room_for(self, chunk: RequestChunk) -> int:
         """Pages that a chunk can have here, those that hold its KV already among them."""
         parked = self.parked.get(chunk.request_id)
-        prompt = parked.prompt if parked else self._prompts.find(chunk)
+        prompt = parked.prompt if parked else self.find_prompt(chunk)
         return self.num_available_pages + (len(prompt.pages) if prompt and prompt.num_running else 0)
 
     def allocate(self, num_pages: int, spare: int = 0) -> list[int]:
@@ -84,7 +88,7 @@ class RankPages:
             spare: Pages that stay free.
         """
         parked = self.parked.pop(sequence.chunk.request_id, None)
-        prompt = parked.prompt if parked else self._prompts.find(sequence.chunk)
+        prompt = parked.prompt if parked else self.find_prompt(sequence.chunk)
         pages = parked.pages if parked else prompt.pages if prompt else []
         if prompt:
             prompt.num_running += 1  # So that nobody gets its pages.
