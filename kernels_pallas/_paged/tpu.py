@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas._paged.layout import LANES
+from kernels_pallas._paged.layout import LANES, product_type
 from kernels_pallas._paged.mask import MASK_BITS
 from kernels_pallas._paged.plan import PLAN_FIELDS, plan_items
 from kernels_pallas._paged.sizes import SPILL_BYTES, TileSizes, choose_block_tokens, choose_tokens, count_vmem_bytes
@@ -94,8 +94,7 @@ def attend_pages(
     q = q.reshape(tiles_given, tokens_given, kv_heads, heads_given, key_width)
     if heads != heads_given:
         q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, heads - heads_given), (0, 0)))
-    if q.dtype != cache.dtype:
-        q = q.astype(jnp.float32)
+    q = q.astype(product_type(q.dtype, cache.dtype))
     sizes = TileSizes(
         kv_heads=kv_heads,
         rows=0,
