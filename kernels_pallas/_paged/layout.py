@@ -57,9 +57,10 @@ def why_not_gpu(q, cache, value_width: int) -> str | None:
     Returns:
         The reason in a few words.
     """
-    for name, array in (("queries", q), ("the cache", cache)):
-        if array.dtype != jnp.bfloat16:
-            return f"{name}: {array.dtype}, not bfloat16"
+    if q.dtype != jnp.bfloat16:
+        return f"queries are {q.dtype}, not bfloat16"
+    if cache.dtype not in (jnp.bfloat16, FLOAT8):
+        return f"the cache is {cache.dtype}, not bfloat16 or float8_e4m3fn"
     if cache.shape[1] not in (8, 16, 32) and cache.shape[1] % 64:
         return f"pages of {cache.shape[1]} rows are not 8, 16, 32 or a multiple of 64"
     # From 256 columns on two warpgroups share a value.

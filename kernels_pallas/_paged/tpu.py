@@ -6,7 +6,7 @@ beginning of its key; grouped queries are several whose value lies behind the ke
 
 Layout. The cache stays in HBM as it is, [pages, S, Wc], each KV head's columns a multiple of 128 lanes: keys and
 values are whole registers. A page is one contiguous DMA, whatever the number of heads, and each row is read once. S
-must fill whole registers: a multiple of 8 rows (float32) or 16 (bfloat16). Small pages make small DMAs.
+must fill whole registers: a multiple of 8 rows (float32), 16 (bfloat16) or 32 (float8). Small pages make small DMAs.
 
 Work. A tile of Tq query tokens is, for each KV head, one matrix of R = Tq x H / KV heads rows; tiles that are too large
 are cut (`choose_tokens`). The grid walks the tiles; inside, a loop walks the blocks of the tile's context that hold
@@ -22,7 +22,9 @@ already follow each other without a gap.
 
 VMEM is counted (`count_vmem_bytes`) and given to the compiler as the limit.
 
-Not covered: fp8 caches. The cache must be finite: weights of rows that nobody sees are 0, and 0 x NaN is NaN.
+Float8 caches are fetched as they are, and a block becomes the queries' type when it is multiplied; every generation's
+compiler takes that cast, those without float8 products too. The cache must be finite: weights of rows that nobody sees
+are 0, and 0 x NaN is NaN.
 """
 
 from dataclasses import replace
