@@ -61,7 +61,7 @@ class Engine:
 
         Args:
             model_config: Shapes of the model.
-            params: Weights, on host or device, in the type that computes and is cached.
+            params: Weights, on host or device, in the type that computes, and is cached if `kv_dtype` is auto.
             config: Slots, pages, buckets.
             speculation: Whether and how to draft tokens.
             instance_id: Name of this instance in events.
@@ -105,8 +105,9 @@ class Engine:
         self.params = self._place(params)
         row_width = pad_row_width(model_config.latent_width, jax.default_backend())
         cache_shape = (config.num_pages, config.page_size, row_width)
+        kv_dtype = dtype if config.kv_dtype == "auto" else config.kv_dtype
         self._caches = [
-            jnp.zeros(cache_shape, dtype, device=cache_sharding) for _ in range(model_config.num_hidden_layers)
+            jnp.zeros(cache_shape, kv_dtype, device=cache_sharding) for _ in range(model_config.num_hidden_layers)
         ]
         pool = EmbeddedKVPool(DEFAULT_POOL_BYTES) if kv_pool is None else kv_pool
         self._paused_kv = PausedKV(
@@ -290,7 +291,7 @@ class Engine:
             page_size=self.info.page_size,
             num_pages=self.config.num_pages,
             max_steps=self.config.max_steps_per_dispatch,
-            facts=(self.model_config, self._caches[0].dtype, len(self._caches[0].devices())),
+            facts=(self.model_config, self.params["embed"].dtype, self.config.kv_dtype, len(self._caches[0].devices())),
         )
 
     def launch(self, shape: StepShape, packed: np.ndarray) -> np.ndarray:
