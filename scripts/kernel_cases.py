@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas._dispatch import PREFERRED
+from kernels_pallas._paged.layout import FLOAT8
 from kernels_pallas.gqa_attention.api import IMPLEMENTATIONS as GQA_ATTENTION
 from kernels_pallas.gqa_attention.arg_specs import MODELS as GQA_MODELS
 from kernels_pallas.grouped_matmul.api import IMPLEMENTATIONS as GROUPED_MLP
@@ -25,8 +26,6 @@ from kernels_pallas.mla_attention.arg_specs import MODELS as MLA_MODELS
 from kernels_pallas.tree_verify import tree_verify
 from kernels_pallas.tree_verify.api import IMPLEMENTATIONS as TREE_VERIFY
 from kernels_pallas.tree_verify.arg_specs import ArgSpec
-
-FLOAT8 = jnp.dtype("float8_e4m3fn")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 LANES = 128
-FLOAT8 = jnp.float8_e4m3fn
+FLOAT8 = jnp.dtype(jnp.float8_e4m3fn)
 """What a cache may be in beside the types that queries have; its values carry no scales."""
 
 

@@ -130,6 +130,14 @@ def test_copies_and_warpgroups_do_not_race():
     assert not interpret_pallas_call.get_races().races_found
 
 
+@pytest.mark.parametrize("specs", [mla.arg_specs, gqa.arg_specs])
+def test_calls_with_float8_caches_have_names_of_their_own(specs):
+    model = "moonlight" if specs is mla.arg_specs else "qwen2_72b"
+    of = {spec.name: spec.args[1].dtype for spec in specs(model)}
+    assert len(of) == len(list(specs(model)))
+    assert {name.endswith("-fp8") for name, dtype in of.items() if dtype == FLOAT8} == {True}
+
+
 def test_pages_that_do_not_fill_registers_are_refused_by_name_on_tpu():
     shape = (4, 192, 256, 16, PAGES)
     q, pages, *others = mla.make_case((9, 3), 1, dtype=jnp.bfloat16, shape=shape)
