@@ -15,6 +15,9 @@ class ModelSource:
     """Directory with Hugging Face `config.json` and `*.safetensors`; `preset:` names one that ships with seer_jax."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights, activations and, by default, KV cache. float32 is 4x faster than bfloat16 on CPU."""
+    expert_dtype: Literal["auto", "checkpoint"] = "auto"
+    """Type of the routed experts. `auto`: `dtype`. `checkpoint`: float8 with a scale per 128 x 128, as the checkpoint
+    has them. For rollouts only: a learner updates no float8."""
 
 
 @dataclass(frozen=True, kw_only=True)

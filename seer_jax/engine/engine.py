@@ -26,7 +26,7 @@ from seer_jax.engine.step import make_step
 from seer_jax.engine.step_times import StepPrograms, get_step_times
 from seer_jax.kvpool import EmbeddedKVPool, KVPool
 from seer_jax.models.config import DecoderConfig
-from seer_jax.models.specs import decoder_specs
+from seer_jax.models.specs import decoder_specs, float8_experts_in
 from seer_jax.sharding import WHOLE_EXPERTS, shardings_for
 
 NO_SPECULATION, NO_CHAOS = SpeculationConfig(), ChaosConfig()
@@ -99,16 +99,16 @@ class Engine:
             device = None if mesh is None else mesh.devices.item()
             self._param_shardings, cache_sharding = device, device
         else:
-            self._param_shardings = shardings_for(decoder_specs(model_config, dtype), mesh, WHOLE_EXPERTS)
+            specs = decoder_specs(model_config, dtype, has_float8_experts=float8_experts_in(params))
+            self._param_shardings = shardings_for(specs, mesh, WHOLE_EXPERTS)
             cache_sharding = NamedSharding(mesh, PartitionSpec())
         self.policy_version = policy_version
         self.params = self._place(params)
         row_width = pad_row_width(model_config.latent_width, jax.default_backend())
         cache_shape = (config.num_pages, config.page_size, row_width)
-        kv_dtype = dtype if config.kv_dtype == "auto" else config.kv_dtype
-        self._caches = [
-            jnp.zeros(cache_shape, kv_dtype, device=cache_sharding) for _ in range(model_config.num_hidden_layers)
-        ]
+        dtype = dtype if config.kv_dtype == "auto" else config.kv_dtype
+        layers = range(model_config.num_hidden_layers)
+        self._caches = [jnp.zeros(cache_shape, dtype, device=cache_sharding) for _ in layers]
         pool = EmbeddedKVPool(DEFAULT_POOL_BYTES) if kv_pool is None else kv_pool
         self._paused_kv = PausedKV(
             self._planner, self._transfer, pool, self._caches, repr(model_config), chaos, always_moves=always_moves_kv

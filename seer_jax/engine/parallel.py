@@ -63,11 +63,16 @@ def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> Parall
         tokens_are_sharded=False,
         implementation=implementation,
     )
+
+    def run_experts(*arrays: Array) -> Array:  # Float8 experts have scales.
+        in_specs = (everywhere,) * 3 + (experts,) * (len(arrays) - 3)
+        return shard(mlp, in_specs=in_specs, out_specs=everywhere)(*arrays)
+
     draw = partial(tree_verify, axis_name=WHOLE_EXPERTS.vocab, implementation=implementation)
     head = WHOLE_EXPERTS.partition_spec((None, "vocab"))
     return ParallelOps(
         attention=attention,
-        experts=shard(mlp, in_specs=(everywhere,) * 3 + (experts,) * 2, out_specs=everywhere),
+        experts=run_experts,
         draw=shard(draw, in_specs=(everywhere, head) + (everywhere,) * 3, out_specs=everywhere),
     )
 
