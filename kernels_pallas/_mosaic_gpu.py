@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 WGMMA_ROWS = 64
 """Rows that a warpgroup multiplies at a time."""
 SLAB = 64
-"""bfloat16 values of a row that lie together in shared memory: 128 bytes, swizzled as wgmma reads them."""
+"""Values of a row that lie together in shared memory: in bfloat16 128 bytes, swizzled as wgmma reads them."""
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM); another number costs time, not correctness."""
 COPY_REGISTERS = 24
@@ -19,11 +20,10 @@ BY_ROW = LAYOUT.reduce(1)
 """How a value for each of its rows does."""
 
 
-def slabs(shape: tuple[int, ...]):
-    """Shared memory for bfloat16 operands of wgmma."""
-    return plgpu.SMEM(
-        shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, SLAB)), plgpu.SwizzleTransform(2 * SLAB))
-    )
+def slabs(shape: tuple[int, ...], dtype: DTypeLike = jnp.bfloat16):
+    """Shared memory for operands of wgmma, or for what `upcast` makes such operands of."""
+    transforms = plgpu.TilingTransform((8, SLAB)), plgpu.SwizzleTransform(SLAB * jnp.dtype(dtype).itemsize)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def divide_registers(multiplying: int, is_copying: bool) -> None:
@@ -51,6 +51,18 @@ def with_layout(x: jax.Array, layout, interpret) -> jax.Array:
         interpret: What the kernel was given: the interpreter has no registers, and no rule for their layouts.
     """
     return x if interpret else plgpu.layout_cast(x, layout)
+
+
+def upcast(source, target, interpret) -> None:
+    """Copy a matrix from float8 to bfloat16, in which its values are exact; both in shared memory.
+
+    Args:
+        source: Reference to float8_e4m3fn [64, k].
+        target: Reference to bfloat16 [64, k].
+        interpret: As in `with_layout`.
+    """
+    values = source[...] if interpret else plgpu.load(source, (), layout=plgpu.Layout.WGMMA_UPCAST_2X)
+    target[...] = values.astype(jnp.float32).astype(jnp.bfloat16)  # Hopper has no direct conversion.
 
 
 def multiply_transposed(a, b, interpret) -> jax.Array:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas._paged.layout import FLOAT8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -24,7 +26,7 @@ TINY_WORKS = {
 
 
 def call_args(
-    work: Work, query: tuple[int, int], cache: tuple[int, int, int], dtype: str
+    work: Work, query: tuple[int, int], cache: tuple[int, int, int], dtype: str, cache_dtype: str
 ) -> tuple[jax.ShapeDtypeStruct | None, ...]:
     """Shapes of one call's arrays.
 
@@ -32,7 +34,8 @@ def call_args(
         work: The call.
         query: Heads of one device and their width.
         cache: Pages, rows a page, row width.
-        dtype: Of queries and cache.
+        dtype: Of the queries.
+        cache_dtype: Of the cache.
 
     Returns:
         q, cache, block_tables, limits, tree_start, tree_mask; the last two None without trees.
@@ -41,11 +44,16 @@ def call_args(
     trees = (_int((work.tiles,)), jax.ShapeDtypeStruct(rows, jnp.uint32)) if work.has_trees else (None, None)
     return (
         jax.ShapeDtypeStruct((*rows, *query), dtype),
-        jax.ShapeDtypeStruct(cache, dtype),
+        jax.ShapeDtypeStruct(cache, cache_dtype),
         _int((work.tiles, work.context // cache[1])),
         _int(rows),
         *trees,
     )
+
+
+def float8_suffix(cache_dtype: str) -> str:
+    """What the name of a call with a cache of this type ends in."""
+    return "-fp8" if cache_dtype == FLOAT8 else ""
 
 
 def _int(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

@@ -12,7 +12,10 @@ has half of the value's columns, since the sums of 64 x 512 do not fit into one'
 registers into the second product and nothing is exchanged; at 576 and 512 columns that makes 1.53 times the products of
 a kernel that shares the scores.
 
-Shared memory at 576 columns: 72 KB of queries and twice 72 KB of context.
+A float8 cache is copied as it is, half the bytes. The warpgroups that multiply first make bfloat16 of a block, each of
+every other 64 columns, in a buffer that they then share; so they wait for each other twice a block.
+
+Shared memory at 576 columns: 72 KB of queries and twice 72 KB of context; in float8 twice 36 KB and 72 KB in bfloat16.
 
 The cache must be finite: weights of slots that nobody sees are 0. Of a context's last block only pages in use are read.
 """
@@ -29,13 +32,16 @@ from kernels_pallas._mosaic_gpu import (
     BY_ROW,
     LAYOUT,
     MULTIPROCESSORS,
+    SLAB,
     WGMMA_ROWS,
     accumulate,
     divide_registers,
     multiply_transposed,
     slabs,
+    upcast,
     with_layout,
 )
+from kernels_pallas._paged.layout import FLOAT8
 from kernels_pallas._paged.mask import MASK_BITS
 
 BLOCK_TOKENS = 64
@@ -69,7 +75,7 @@ def attend_pages(
 
     Args:
         q: Queries [tile, token, head, key width], bfloat16; heads of one KV head are neighbours.
-        cache: Pages [pages, S, Wc], bfloat16, finite everywhere (`why_not_gpu`).
+        cache: Pages [pages, S, Wc], bfloat16 or float8_e4m3fn, finite everywhere (`why_not_gpu`).
         block_tables: As in `mla_attention`.
         limits: As in `mla_attention`.
         tree_start: As in `mla_attention`.
@@ -93,8 +99,9 @@ def attend_pages(
     padding = (0, rows - tokens * heads)
     value_parts = value_parts or -(-value_width // MAX_PART)
     head_width = max(key_width, value_start + value_width)
-    fitting = (SMEM_BYTES - WGMMA_ROWS * key_width * 2) // (BLOCK_TOKENS * head_width * 2)
-    stages = min(fitting, MAX_STAGES)
+    is_float8 = cache.dtype == FLOAT8
+    occupied = WGMMA_ROWS * key_width * 2 + is_float8 * BLOCK_TOKENS * head_width * 2
+    stages = min((SMEM_BYTES - occupied) // (BLOCK_TOKENS * head_width * cache.dtype.itemsize), MAX_STAGES)
     has_trees = tree_mask is not None
 
     def by_row(by_token):
@@ -136,12 +143,14 @@ def attend_pages(
         ],
         scratch_types=[
             slabs((WGMMA_ROWS, key_width)),
-            slabs((stages, BLOCK_TOKENS, head_width)),
+            slabs((stages, BLOCK_TOKENS, head_width), cache.dtype),
+            slabs((1, BLOCK_TOKENS, head_width)) if is_float8 else None,
             [plgpu.SMEM((WGMMA_ROWS,), jnp.int32) for _ in columns],
             plgpu.SMEM((WGMMA_ROWS,), jnp.float32),
             plgpu.Barrier(num_arrivals=1 + len(columns)),
             plgpu.Barrier(num_arrivals=BLOCK_TOKENS // copied_rows, num_barriers=stages),
             plgpu.Barrier(num_arrivals=value_parts, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=value_parts) if is_float8 else None,
         ],
         grid=(num_splits, items, row_blocks),
         grid_names=("splits", "items", "rows"),
@@ -183,7 +192,7 @@ def _kernel(*refs, kv_heads, value_start, value_width, value_parts, scale, num_s
     tree_start, *refs = refs if has_trees else (None, *refs)
     columns, refs = refs[: 1 + has_trees], refs[1 + has_trees :]
     q, cache, out, log_sum_exp, *scratch = refs
-    queries, context, column_buffers, result_buffer, columns_filled, filled, emptied = scratch
+    queries, context, upcast_context, column_buffers, result_buffer, columns_filled, filled, emptied, met = scratch
     split, item, row_block = (jax.lax.axis_index(name) for name in ("splits", "items", "rows"))
     tile, kv_head = item // kv_heads, item % kv_heads
     warpgroup = jax.lax.axis_index("warpgroup")
@@ -234,11 +243,28 @@ def _kernel(*refs, kv_heads, value_start, value_width, value_parts, scale, num_s
         def spread(by_row, num_columns=BLOCK_TOKENS):
             return jax.lax.broadcast_in_dim(by_row, (WGMMA_ROWS, num_columns), (0,))
 
+        def meet():
+            plgpu.barrier_arrive(met)
+            plgpu.barrier_wait(met)
+
+        def upcast_block(step, stage):
+            @pl.loop(warpgroup, head_width // SLAB, step=value_parts)  # Written out, they would take all registers.
+            def _(slab):
+                columns = pl.ds(slab * SLAB, SLAB)
+                upcast(context.at[stage, :, columns], upcast_context.at[0, :, columns], interpret)
+
+            plgpu.barrier_arrive(emptied.at[stage])
+            plgpu.commit_smem()
+            meet()
+            # Always the first, but no constant: the compiler would keep the addresses of all its parts in registers.
+            return upcast_context.at[step >> 30]
+
         def attend_block(step, state):
             total, peak, mass = state
             stage = step % stages
             plgpu.barrier_wait(filled.at[stage])
-            scores = multiply_transposed(queries, context.at[stage, :, pl.ds(0, key_width)], interpret) * scale
+            block = context.at[stage] if upcast_context is None else upcast_block(step, stage)
+            scores = multiply_transposed(queries, block.at[:, pl.ds(0, key_width)], interpret) * scale
             limit, *mask = (with_layout(buffer[...], BY_ROW, interpret) for buffer in column_buffers)
             slot = (first + step) * BLOCK_TOKENS + place
             is_seen = slot < spread(limit)
@@ -252,8 +278,11 @@ def _kernel(*refs, kv_heads, value_start, value_width, value_parts, scale, num_s
             weights = jnp.exp2(scores - spread(new_peak))
             mass = mass * fade + jnp.sum(weights, axis=1)
             total = total * spread(fade, part_width)
-            total = accumulate(total, weights.astype(jnp.bfloat16), context.at[stage, :, value], interpret)
-            plgpu.barrier_arrive(emptied.at[stage])
+            total = accumulate(total, weights.astype(jnp.bfloat16), block.at[:, value], interpret)
+            if upcast_context is None:
+                plgpu.barrier_arrive(emptied.at[stage])
+            else:
+                meet()
             return total, new_peak, mass
 
         nothing = (

@@ -6,7 +6,7 @@ beginning of its key; grouped queries are several whose value lies behind the ke
 
 Layout. The cache stays in HBM as it is, [pages, S, Wc], each KV head's columns a multiple of 128 lanes: keys and
 values are whole registers. A page is one contiguous DMA, whatever the number of heads, and each row is read once. S
-must fill whole registers: a multiple of 8 rows (float32) or 16 (bfloat16). Small pages make small DMAs.
+must fill whole registers: a multiple of 8 rows (float32), 16 (bfloat16) or 32 (float8). Small pages make small DMAs.
 
 Work. A tile of Tq query tokens is, for each KV head, one matrix of R = Tq x H / KV heads rows; tiles that are too large
 are cut (`choose_tokens`). The grid walks the tiles; inside, a loop walks the blocks of the tile's context that hold
@@ -22,7 +22,9 @@ already follow each other without a gap.
 
 VMEM is counted (`count_vmem_bytes`) and given to the compiler as the limit.
 
-Not covered: fp8 caches. The cache must be finite: weights of rows that nobody sees are 0, and 0 x NaN is NaN.
+Float8 caches are fetched as they are, and a block becomes the queries' type when it is multiplied; every generation's
+compiler takes that cast, those without float8 products too. The cache must be finite: weights of rows that nobody sees
+are 0, and 0 x NaN is NaN.
 """
 
 from dataclasses import replace
@@ -33,7 +35,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas._paged.layout import LANES
+from kernels_pallas._paged.layout import LANES, product_type
 from kernels_pallas._paged.mask import MASK_BITS
 from kernels_pallas._paged.plan import PLAN_FIELDS, plan_items
 from kernels_pallas._paged.sizes import SPILL_BYTES, TileSizes, choose_block_tokens, choose_tokens, count_vmem_bytes
@@ -94,8 +96,7 @@ def attend_pages(
     q = q.reshape(tiles_given, tokens_given, kv_heads, heads_given, key_width)
     if heads != heads_given:
         q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, heads - heads_given), (0, 0)))
-    if q.dtype != cache.dtype:
-        q = q.astype(jnp.float32)
+    q = q.astype(product_type(q.dtype, cache.dtype))
     sizes = TileSizes(
         kv_heads=kv_heads,
         rows=0,

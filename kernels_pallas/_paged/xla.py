@@ -8,6 +8,7 @@ blocks, not its length times the batch, and one program serves every context len
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas._paged.layout import product_type
 from kernels_pallas._paged.mask import MASK_BITS
 
 BLOCK_TOKENS = 128
@@ -30,14 +31,14 @@ def attend_pages(queries, cache, block_tables, limits, tree_start, tree_mask, *,
         tree_start: As in `mla_attention`.
         tree_mask: As in `mla_attention`.
         heads: KV heads, and query heads of each.
-        score: (queries, cache rows [items, k, Wc]) -> scaled scores [items, rows, k] in float32.
+        score: (queries, cache rows [items, k, Wc] in `product_type`) -> scaled scores [items, rows, k] in float32.
         weigh: (weights [items, rows, k] in float32, cache rows) -> sums [items, rows, >= value width] in float32.
         value_width: Columns of the result.
 
     Returns:
         float32 [N, rows, value width]; zeros in rows that are not in use.
     """
-    num_tiles, page_size = len(limits), cache.shape[1]
+    num_tiles, page_size, dtype = len(limits), cache.shape[1], product_type(queries.dtype, cache.dtype)
     pages_per_tile = block_tables.shape[1]
     pages_per_block = max(-(-BLOCK_TOKENS // page_size), -(-pages_per_tile // MAX_BLOCKS))
     blocks_per_tile = -(-pages_per_tile // pages_per_block)
@@ -63,7 +64,7 @@ def attend_pages(queries, cache, block_tables, limits, tree_start, tree_mask, *,
         item = trip * num_items + jnp.arange(num_items)
         tile = jnp.minimum(jnp.sum(item[:, None] >= ends, axis=1), num_tiles - 1)
         block = jnp.clip(item - (ends - num_blocks)[tile], 0, blocks_per_tile - 1)
-        context = cache[tables[tile, block]].reshape(num_items, block_tokens, -1)
+        context = cache[tables[tile, block]].reshape(num_items, block_tokens, -1).astype(dtype)
         slot = block[:, None] * block_tokens + jnp.arange(block_tokens)
         is_seen = slot[:, None] < visible[tile][:, :, None]
         if tree_mask is not None:

@@ -50,7 +50,7 @@ def gqa_attention(
     Args:
         q: Queries, rotated, [tile, row, head, head dim].
         cache: Pages of rows as `join_kv` lays them out; the rows of the queries themselves are already written. Finite
-            everywhere.
+            everywhere. In float8_e4m3fn as in `mla_attention`.
         block_tables: Pages of each tile's request in order; entries beyond the context may be anything in range.
         limits: Visible leading slots of each row; 0 = row not in use.
         tree_start: Slot of the lowest bit; None, with `tree_mask`, if no row has a mask.

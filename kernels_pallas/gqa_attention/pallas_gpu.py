@@ -9,7 +9,7 @@ def gqa_attention_pallas_gpu(q, cache, block_tables, limits, tree_start, tree_ma
 
     Args:
         q: As there, bfloat16.
-        cache: As there, bfloat16.
+        cache: As there, bfloat16 or float8_e4m3fn.
         block_tables: As there.
         limits: As there.
         tree_start: As there.

@@ -21,7 +21,7 @@ def kv_update(
 
     Args:
         cache: Pages of rows.
-        rows: New rows.
+        rows: New rows; beyond the largest number of a float8 cache they become that number.
         slots: page * S + offset of each row. Padding rows go to page 0, which no request owns; only there may slots
             repeat, and what ends up in a repeated slot is any one of its rows.
         implementation: Name of an implementation; None chooses.

@@ -52,7 +52,8 @@ def mla_attention(
 
     Args:
         q: Queries in latent space, [tile, row, head, row width].
-        cache: Pages of rows, Wc >= W; the rows of the queries themselves are already written. Finite everywhere.
+        cache: Pages of rows, Wc >= W; the rows of the queries themselves are already written. Finite everywhere. In
+            float8_e4m3fn, without scales, it meets the queries in their own type, whatever the implementation.
         block_tables: Pages of each tile's request in order; entries beyond the context may be anything in range.
         limits: Visible leading slots of each row; 0 = row not in use.
         tree_start: Slot of the lowest bit; None, with `tree_mask`, if no row has a mask.

@@ -11,7 +11,7 @@ def mla_attention_pallas_gpu(
 
     Args:
         q: As there, bfloat16.
-        cache: As there, bfloat16.
+        cache: As there, bfloat16 or float8_e4m3fn.
         block_tables: As there.
         limits: As there.
         tree_start: As there.

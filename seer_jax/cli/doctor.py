@@ -74,6 +74,7 @@ def examine() -> dict[str, Any]:
         "devices": _list_devices(problems),
         "compilation_cache": _measure_compilation_cache(),
         "kernels": _list_kernels(),
+        "kv_dtypes": _list_kv_dtypes(),
         "kvpool_backends": {
             "embedded": "memory and disk of each instance",
             "ray": "an owner per node, with --runtime ray" if find_spec("ray") else "ray is not installed",
@@ -133,6 +134,17 @@ def _list_kernels() -> dict[str, str]:
                     others = ", ".join(name for name in implementations if name != choice.name)
                     kernels[operation] = f"{choice.name} ({choice.reason}; can be named: {others})"
     return kernels
+
+
+def _list_kv_dtypes() -> dict[str, str]:
+    """Say what attends to each type of cache that `engine.kv_dtype` may name."""
+    import jax
+
+    on_tpu = "pallas_tpu if engine.page_size is a multiple of 32, else xla"
+    return {
+        "auto": "model.dtype, served as above",
+        "float8_e4m3fn": on_tpu if jax.default_backend() == "tpu" else "xla",
+    }
 
 
 def _check_ray() -> list[str]:

@@ -10,7 +10,7 @@ from seer_jax.config.schema import RunConfig, num_mesh_devices
 from seer_jax.obs.metrics import to_json_line
 from seer_jax.obs.tables import print_summary
 
-BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
+BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 
 
 def print_dry_run(config: RunConfig, *, json: bool) -> None:
@@ -55,7 +55,8 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
     check_task(task, config, model)
     check_divisible(config.sharding, decoder_specs(model, config.model.dtype))
     rollout, engine = config.rollout, config.engine
-    kv_bytes_per_token = model.num_hidden_layers * model.latent_width * BYTES_PER_VALUE[config.model.dtype]
+    kv_dtype = config.model.dtype if engine.kv_dtype == "auto" else engine.kv_dtype
+    kv_bytes_per_token = model.num_hidden_layers * model.latent_width * BYTES_PER_VALUE[kv_dtype]
     return {
         "instances": rollout.instances,
         "devices_per_instance": num_mesh_devices(config.sharding),
@@ -69,6 +70,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         **({"mooncake_master": config.kvpool.mooncake_master} if config.kvpool.backend == "mooncake" else {}),
         "pages_per_instance": engine.num_pages,
         "kv_tokens_per_instance": (engine.num_pages - config.sharding.data) * engine.page_size,
+        "kv_dtype": kv_dtype,
         "kv_bytes_per_token": kv_bytes_per_token,
         "kv_bytes_per_instance": engine.num_pages * engine.page_size * kv_bytes_per_token,
     }

@@ -255,7 +255,7 @@ def _load(config: RunConfig) -> tuple[Task, DecoderConfig, Params]:
     model_config = load_config(path)
     check_task(task, config, model_config)
     check_divisible(config.sharding, decoder_specs(model_config, dtype))
-    _, params = load_checkpoint(path, dtype)
+    _, params = load_checkpoint(path, dtype, keeps_float8_experts=config.model.expert_dtype == "checkpoint")
     return task, model_config, jax.device_get(params)
 
 

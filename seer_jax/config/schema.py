@@ -14,7 +14,10 @@ class ModelSource:
     path: str = "preset:model/tiny_math"
     """Directory with Hugging Face `config.json` and `*.safetensors`; `preset:` names one that ships with seer_jax."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights, activations and KV cache. float32 is 4x faster than bfloat16 on CPU."""
+    """Type of weights, activations and, by default, KV cache. float32 is 4x faster than bfloat16 on CPU."""
+    expert_dtype: Literal["auto", "checkpoint"] = "auto"
+    """Type of the routed experts. `auto`: `dtype`. `checkpoint`: float8 with a scale per 128 x 128, as the checkpoint
+    has them. For rollouts only: a learner updates no float8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,9 @@ class EngineConfig:
     """Tokens per KV page."""
     num_pages: int = 1024
     """KV pages of an instance, all ranks together; num_pages x page_size tokens fit, less a page of each rank."""
+    kv_dtype: Literal["auto", "float8_e4m3fn"] = "auto"
+    """Type of the KV cache. `auto`: `model.dtype`. `float8_e4m3fn`: half of bfloat16's bytes, on the device, in the
+    pool and on the way; what attention reads is rounded, so a policy of other, less exact logits is sampled."""
     max_prefill_tokens: int = 256
     """Prompt tokens computed per step at most, beside the decoding rows, on all ranks."""
     prefill_tile: int = 16

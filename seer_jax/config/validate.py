@@ -228,6 +228,9 @@ def _check_run_dir(template: str) -> None:
 
 def _check_training(config: RunConfig) -> None:
     sampling, rollout, train = config.sampling, config.rollout, config.train
+    if config.model.expert_dtype != "auto":
+        problem = f"is {config.model.expert_dtype!r}, but training updates the experts, in model.dtype"
+        raise ConfigError("model.expert_dtype", problem, "give auto; float8 experts are for rollouts")
     if train.replay_routing and not config.engine.expert_ids:
         raise ConfigError("train.replay_routing", "is true, but engine.expert_ids is false", "make both true")
     for path, value, right, needed in (

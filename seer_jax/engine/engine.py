@@ -63,7 +63,7 @@ class Engine:
 
         Args:
             model_config: Shapes of the model.
-            params: Weights, on host or device, in the type that computes and is cached.
+            params: Weights, on host or device, in the type that computes, and is cached if `kv_dtype` is auto.
             config: Slots, pages, buckets.
             speculation: Whether and how to draft tokens.
             instance_id: Name of this instance in events.
@@ -100,16 +100,15 @@ class Engine:
             max_steps_per_dispatch=config.max_steps_per_dispatch,
             num_ranks=num_ranks,
         )
-        dtype = params["embed"].dtype
         self._mesh = None if mesh is None or mesh.size == 1 else mesh
-        self._param_shardings, cache_sharding = place(model_config, dtype, mesh)
+        self._param_shardings, cache_sharding = place(model_config, params, mesh)
         self._transfer = KVTransfer(self.buckets.max_pages, self._mesh)
         self.policy_version = policy_version
         self.params = self._place(params)
-        layout = BlockLayout.of(model_config, config.page_size, dtype)
+        layout = BlockLayout.of(model_config, config, params)
         num_layers, *page_shape = layout.page_shape
         cache_shape = (config.num_pages, *page_shape)
-        self._caches = [jnp.zeros(cache_shape, dtype, device=cache_sharding) for _ in range(num_layers)]
+        self._caches = [jnp.zeros(cache_shape, layout.dtype, device=cache_sharding) for _ in range(num_layers)]
         pool = EmbeddedKVPool(DEFAULT_POOL_BYTES) if kv_pool is None else kv_pool
         self._paused_kv = PausedKV(self._planner, self._transfer, pool, layout, chaos, always_moves=always_moves_kv)
         self._next_expiry = 0.0
@@ -289,7 +288,7 @@ class Engine:
             max_model_len=self.info.max_model_len,
             page_size=self.info.page_size,
             max_steps=self.config.max_steps_per_dispatch,
-            facts=(self.model_config, self._caches[0].dtype, len(self._caches[0].devices())),
+            facts=(self.model_config, self.params["embed"].dtype, self.config.kv_dtype, len(self._caches[0].devices())),
         )
 
     def launch(self, shape: StepShape, packed: np.ndarray) -> np.ndarray:

@@ -50,7 +50,7 @@ def build_engine(
             config,
             f"instance-{place}",
             run_name or new_run_name(),
-            block_bytes=BlockLayout.of(model_config, config.engine.page_size, params["embed"].dtype).block_bytes,
+            block_bytes=BlockLayout.of(model_config, config.engine, params).block_bytes,
             is_replacement=is_replacement,
         )
     engine = Engine(

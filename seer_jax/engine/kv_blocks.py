@@ -1,13 +1,14 @@
 """How the KV of a request is cut into the blocks of a pool, and what they are called."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
-from jax.typing import DTypeLike
 
 from kernels_pallas.mla_attention import pad_row_width
+from seer_jax.config.schema import EngineConfig
 from seer_jax.core.types import RequestId, TokenIds
 from seer_jax.kvpool import BlockKey, block_key, chain_keys, fingerprint
 from seer_jax.models.config import DecoderConfig
@@ -32,18 +33,19 @@ class BlockLayout:
     model: bytes
 
     @classmethod
-    def of(cls, model_config: DecoderConfig, page_size: int, dtype: DTypeLike) -> "BlockLayout":
+    def of(cls, model_config: DecoderConfig, config: EngineConfig, params: Mapping[str, Any]) -> "BlockLayout":
         """That of an engine on this process's devices.
 
         Args:
             model_config: Shapes of the model.
-            page_size: Tokens of a page.
-            dtype: Of the weights, and so of the cache.
+            config: Tokens of a page, type of the cache.
+            params: Weights, whose type the cache has if `kv_dtype` is auto.
         """
-        layers, dtype = model_config.num_hidden_layers, np.dtype(dtype)
+        layers, page = model_config.num_hidden_layers, config.page_size
+        dtype = np.dtype(params["embed"].dtype if config.kv_dtype == "auto" else config.kv_dtype)
         row = pad_row_width(model_config.latent_width, jax.default_backend())
-        model = fingerprint(model=repr(model_config), dtype=dtype.name, layers=layers, page=page_size, row=row)
-        return cls(page_shape=(layers, page_size, row), dtype=dtype, model=model)
+        model = fingerprint(model=repr(model_config), dtype=dtype.name, layers=layers, page=page, row=row)
+        return cls(page_shape=(layers, page, row), dtype=dtype, model=model)
 
     @property
     def page_bytes(self) -> int:

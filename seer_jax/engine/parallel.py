@@ -11,7 +11,7 @@ others. Only the experts know of other ranks: without any, every device has all 
 experts say; with them, the devices of a rank take a part of its tokens each and exchange them with all others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from kernels_pallas.mla_attention import mla_attention
 from kernels_pallas.tree_verify import Draws, tree_verify
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.moe import ExpertMLP
-from seer_jax.models.specs import decoder_specs
+from seer_jax.models.specs import decoder_specs, float8_experts_in
 from seer_jax.sharding import WHOLE_EXPERTS, shardings_for
 
 RANKS = "data"
@@ -56,7 +56,7 @@ def count_ranks(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape[RANKS]
 
 
-def place(config: DecoderConfig, dtype: Any, mesh: Mesh | None) -> tuple[Any, Any]:
+def place(config: DecoderConfig, params: Mapping[str, Any], mesh: Mesh | None) -> tuple[Any, Any]:
     """Where weights, and caches [pages, page size, width], lie: as `jax.device_put` takes it, None = anywhere.
 
     Raises:
@@ -65,7 +65,8 @@ def place(config: DecoderConfig, dtype: Any, mesh: Mesh | None) -> tuple[Any, An
     if mesh is None or mesh.size == 1:
         device = None if mesh is None else mesh.devices.item()
         return device, device
-    return shardings_for(decoder_specs(config, dtype), mesh, WHOLE_EXPERTS), by_rank(mesh)
+    specs = decoder_specs(config, params["embed"].dtype, has_float8_experts=float8_experts_in(params))
+    return shardings_for(specs, mesh, WHOLE_EXPERTS), by_rank(mesh)
 
 
 def by_rank(mesh: Mesh) -> NamedSharding:
@@ -81,10 +82,14 @@ def on_each_rank(step: Callable[..., Any], config: DecoderConfig, mesh: Mesh | N
     def of_rank(sharding: NamedSharding) -> PartitionSpec:
         return PartitionSpec(*(RANKS if isinstance(axes, tuple) and RANKS in axes else None for axes in sharding.spec))
 
-    weights = jax.tree.map(of_rank, place(config, jnp.float32, mesh)[0])
-    return jax.shard_map(
-        step, mesh=mesh, axis_names={RANKS}, in_specs=(weights, BY_RANK, BY_RANK), out_specs=BY_RANK, check_vma=False
-    )
+    def run(params: Mapping[str, Any], caches: Any, packed: Array) -> Any:
+        in_specs = (jax.tree.map(of_rank, place(config, params, mesh)[0]), BY_RANK, BY_RANK)
+        of_ranks = jax.shard_map(
+            step, mesh=mesh, axis_names={RANKS}, in_specs=in_specs, out_specs=BY_RANK, check_vma=False
+        )
+        return of_ranks(params, caches, packed)
+
+    return run
 
 
 def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> ParallelOps:
@@ -118,15 +123,17 @@ def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> Parall
         implementation=implementation,
     )
     experts = PartitionSpec(WITHIN_RANK)
+    run_mlp = _divide_tokens(mlp) if has_ranks else mlp
+
+    def run_experts(*arrays: Array) -> Array:  # Float8 experts have scales.
+        in_specs = (everywhere,) * 3 + (experts,) * (len(arrays) - 3)
+        return shard(run_mlp, in_specs=in_specs, out_specs=everywhere)(*arrays)
+
     draw = partial(tree_verify, axis_name=WHOLE_EXPERTS.vocab, implementation=implementation)
     head = WHOLE_EXPERTS.partition_spec((None, "vocab"))
     return ParallelOps(
         attention=attention,
-        experts=shard(
-            _divide_tokens(mlp) if has_ranks else mlp,
-            in_specs=(everywhere,) * 3 + (experts,) * 2,
-            out_specs=everywhere,
-        ),
+        experts=run_experts,
         draw=shard(draw, in_specs=(everywhere, head) + (everywhere,) * 3, out_specs=everywhere),
         on_any_rank=(lambda x: jax.lax.psum(x.astype(jnp.int32), RANKS) > 0) if has_ranks else (lambda x: x),
     )

@@ -252,7 +252,7 @@ def _run_model(
         cache = caches[layer]
         if padding := cache.shape[-1] - latent.shape[-1]:
             latent = jnp.pad(latent, ((0, 0), (0, padding)))
-        cache = kv_update(cache, latent.astype(cache.dtype), slots)
+        cache = kv_update(cache, latent, slots)
         new_caches[layer] = cache
         absorbed = mla.absorb_queries(attention_params, queries)
         outputs = []

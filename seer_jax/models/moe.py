@@ -11,8 +11,8 @@ from seer_jax.models.config import DecoderConfig
 from seer_jax.models.layers import swiglu_mlp
 from seer_jax.models.specs import Params
 
-ExpertMLP = Callable[[Array, Array, Array, Array, Array], Array]
-"""(tokens, expert ids, their weights, `gate_up`, `down`) -> weighted sums, as `grouped_mlp`."""
+ExpertMLP = Callable[..., Array]
+"""(tokens, expert ids, their weights, `gate_up`, `down`, in float8 their scales) -> weighted sums, as `grouped_mlp`."""
 
 
 def route(
@@ -67,5 +67,6 @@ def moe(
     `replayed` is `route`'s.
     """
     expert_ids, weights = route(params, config, x, replayed)
-    routed = experts(x, expert_ids, weights, params["gate_up"], params["down"])
+    scales = [params[name] for name in ("gate_up_scale", "down_scale") if name in params]
+    routed = experts(x, expert_ids, weights, params["gate_up"], params["down"], *scales)
     return routed + swiglu_mlp(params["shared"], x), expert_ids

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.grouped_matmul.blocks import BLOCK, QUANTISED, num_blocks
 from seer_jax.models.config import DecoderConfig
 
 Params = dict[str, Any]
@@ -39,17 +40,18 @@ class ParamSpec:
     init: Initializer
 
 
-def decoder_specs(config: DecoderConfig, dtype: Any) -> Params:
+def decoder_specs(config: DecoderConfig, dtype: Any, *, has_float8_experts: bool = False) -> Params:
     """Declare the parameters of a decoder.
 
     Args:
         config: The shape.
         dtype: Type of all weights but the router's, which is float32: its top-k must not flip by rounding.
+        has_float8_experts: Whether routed experts are float8 with scales, see `weights.float8.stack_expert`.
 
     Returns:
         A tree of `ParamSpec`; `lm_head` is absent when it is tied to the embedding.
     """
-    layers = [_layer_specs(config, index, dtype) for index in range(config.num_hidden_layers)]
+    layers = [_layer_specs(config, index, dtype, has_float8_experts) for index in range(config.num_hidden_layers)]
     model = config.hidden_size
     specs = {
         "embed": _normal((config.vocab_size, model), ("vocab", None), 1.0, dtype),
@@ -61,9 +63,14 @@ def decoder_specs(config: DecoderConfig, dtype: Any) -> Params:
     return specs
 
 
-def _layer_specs(config: DecoderConfig, index: int, dtype: Any) -> Params:
+def float8_experts_in(params: Params) -> bool:
+    """Whether the routed experts of these parameters are float8 with scales."""
+    return any("gate_up_scale" in layer.get("moe", {}) for layer in params["layers"])
+
+
+def _layer_specs(config: DecoderConfig, index: int, dtype: Any, has_float8_experts: bool) -> Params:
     ffn = (
-        {"moe": _moe_specs(config, dtype)}
+        {"moe": _moe_specs(config, dtype, has_float8_experts)}
         if config.is_moe_layer(index)
         else {"mlp": _mlp_specs(config, config.intermediate_size, dtype)}
     )
@@ -103,16 +110,29 @@ def _mlp_specs(config: DecoderConfig, width: int, dtype: Any) -> Params:
     }
 
 
-def _moe_specs(config: DecoderConfig, dtype: Any) -> Params:
+def _moe_specs(config: DecoderConfig, dtype: Any, has_float8_experts: bool) -> Params:
     model, experts, width = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
-    return {
+    shared = _mlp_specs(config, config.n_shared_experts * width, dtype)
+    scales = {}
+    if has_float8_experts:
+        width, dtype = num_blocks(width) * BLOCK, QUANTISED
+        scales = {
+            name: ParamSpec(
+                shape=(experts, num_blocks(rows), num_blocks(columns)),
+                dtype=jnp.float32,
+                logical_axes=("experts", None, None),
+                init=lambda _, shape: np.ones(shape),
+            )
+            for name, rows, columns in (("gate_up_scale", model, 2 * width), ("down_scale", width, model))
+        }
+    return scales | {
         "router": _matrix(model, experts, (None, None), jnp.float32),
         "router_bias": ParamSpec(
             shape=(experts,), dtype=jnp.float32, logical_axes=(None,), init=lambda _, shape: np.zeros(shape)
         ),
         "gate_up": _normal((experts, model, 2 * width), ("experts", None, "expert_mlp"), model**-0.5, dtype),
         "down": _output_matrix(config, (experts, width, model), ("experts", "expert_mlp", None), dtype),
-        "shared": _mlp_specs(config, config.n_shared_experts * width, dtype),
+        "shared": shared,
     }
 
 

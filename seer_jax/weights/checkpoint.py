@@ -14,36 +14,63 @@ from safetensors.numpy import save_file
 from seer_jax.core.errors import ConfigError
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import Params, decoder_specs
+from seer_jax.weights.float8 import (
+    SCALE_SUFFIX,
+    STORED_TYPE,
+    check_quantization,
+    dequantise,
+    read_float8,
+    scale_shape,
+)
 from seer_jax.weights.hub_layout import from_hub, hub_shapes, to_hub
 
 READABLE_TYPES = ("F32", "F16", "BF16")
 """Element types, in safetensors' spelling, that weights may be stored in."""
 
 
-def load_checkpoint(path: str | Path, dtype: Any) -> tuple[DecoderConfig, Params]:
+def load_checkpoint(
+    path: str | Path, dtype: Any, *, keeps_float8_experts: bool = False
+) -> tuple[DecoderConfig, Params]:
     """Read a checkpoint directory; every tensor must be there, nothing else, in the right shape.
 
     Args:
         path: Directory with `config.json` and `model.safetensors`, or its shards and their index.
-        dtype: Type wanted for the weights (the router stays float32).
+        dtype: Type wanted for the weights (the router stays float32). What is stored in float8 is multiplied by its
+            scales.
+        keeps_float8_experts: Leave the routed experts in float8, with their scales, as `stack_expert` lays them out.
 
     Returns:
         The shape and the weights, as numpy arrays: the caller places them on devices.
 
     Raises:
         ConfigError: At `model.path`: the directory or a file is missing, or a tensor is missing, unexpected or of
-            another shape or type than the configuration says.
+            another shape or type than the configuration says. At `model.expert_dtype`: experts to be kept are not
+            float8.
     """
     path = Path(path).expanduser()
     config = load_config(path)
     with ExitStack() as stack:
-        files = [stack.enter_context(_open_weights(file)) for file in _weight_files(path)]
-        file_of = {
-            name: file for file in files for name in file.offset_keys() if not name.endswith("rotary_emb.inv_freq")
+        files = {file: stack.enter_context(_open_weights(file)) for file in _weight_files(path)}
+        names = {
+            name: file
+            for file, opened in files.items()
+            for name in opened.offset_keys()
+            if not name.endswith("rotary_emb.inv_freq")
         }
+        file_of = {name: files[file] for name, file in names.items()}
         _check_tensors(path, hub_shapes(config), file_of)
-        stored = from_hub(config, lambda name: file_of[name].get_tensor(name))
-    specs = decoder_specs(config, jnp.dtype(dtype))
+
+        def read_blocks(name: str) -> tuple[np.ndarray, np.ndarray]:
+            if name + SCALE_SUFFIX not in names:
+                problem = f"is 'checkpoint', but {path} stores {name} as {file_of[name].get_slice(name).get_dtype()}"
+                raise ConfigError("model.expert_dtype", problem, "give auto")
+            return read_float8(names[name], name), file_of[name + SCALE_SUFFIX].get_tensor(name + SCALE_SUFFIX)
+
+        def read(name: str) -> np.ndarray:
+            return dequantise(*read_blocks(name)) if name + SCALE_SUFFIX in names else file_of[name].get_tensor(name)
+
+        stored = from_hub(config, read, read_blocks if keeps_float8_experts else None)
+    specs = decoder_specs(config, jnp.dtype(dtype), has_float8_experts=keeps_float8_experts)
     return config, jax.tree.map(lambda array, spec: np.ascontiguousarray(array, spec.dtype), stored, specs)
 
 
@@ -56,7 +83,11 @@ def load_config(path: str | Path) -> DecoderConfig:
     file = Path(path).expanduser() / "config.json"
     if not file.is_file():
         raise ConfigError("model.path", f"{file} does not exist", "give a directory with a Hugging Face checkpoint")
-    return DecoderConfig.from_hf(_read_json(file))
+    described = _read_json(file)
+    # How weights are stored decides nothing of what is computed.
+    if (quantization := described.pop("quantization_config", None)) is not None:
+        check_quantization(quantization)
+    return DecoderConfig.from_hf(described)
 
 
 def save_checkpoint(path: str | Path, config: DecoderConfig, params: Params) -> None:
@@ -94,6 +125,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _check_tensors(path: Path, shapes: dict[str, tuple[int, ...]], file_of: dict[str, Any]) -> None:
+    present = shapes.keys() & file_of.keys()
+    scaled = [name for name in present if file_of[name].get_slice(name).get_dtype() == STORED_TYPE]
+    shapes = shapes | {name + SCALE_SUFFIX: scale_shape(shapes[name]) for name in scaled}
     if missing := sorted(shapes.keys() - file_of.keys()):
         raise ConfigError("model.path", f"{path}: tensor {missing[0]} is missing ({len(missing)} in all)", _FIT_HINT)
     if unexpected := sorted(file_of.keys() - shapes.keys()):
@@ -108,11 +142,11 @@ def _check_tensors(path: Path, shapes: dict[str, tuple[int, ...]], file_of: dict
             raise ConfigError(
                 "model.path", f"{path}: tensor {name} is {stored.get_shape()}, not {list(shape)}", _FIT_HINT
             )
-        if stored.get_dtype() not in READABLE_TYPES:
+        if stored.get_dtype() not in READABLE_TYPES and name not in scaled:
             raise ConfigError(
                 "model.path",
                 f"{path}: tensor {name} is stored as {stored.get_dtype()}",
-                f"only {', '.join(READABLE_TYPES)} can be read",
+                f"only {', '.join(READABLE_TYPES)}, and {STORED_TYPE} with factors, can be read",
             )
 
 

@@ -13,8 +13,10 @@ import numpy as np
 
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.specs import Params, abstract_params, decoder_specs
+from seer_jax.weights.float8 import stack_expert
 
 AnyArray = jax.Array | np.ndarray
+ReadBlocks = Callable[[str], tuple[np.ndarray, np.ndarray]]
 
 ATTENTION_NAMES = {
     "q_proj": "q_proj.weight",
@@ -90,12 +92,16 @@ def _interleave(x: AnyArray, rope: int) -> jax.Array:
     return jnp.concatenate([kept, jnp.swapaxes(pairs, -1, -2).reshape(*x.shape[:-1], rope)], axis=-1)
 
 
-def from_hub(config: DecoderConfig, read: Callable[[str], np.ndarray]) -> Params:
+def from_hub(
+    config: DecoderConfig, read: Callable[[str], np.ndarray], read_experts: ReadBlocks | None = None
+) -> Params:
     """Convert the hub's tensors to parameters, as numpy arrays in the checkpoint's own types.
 
     Args:
         config: The shape.
         read: Returns a tensor of `hub_shapes(config)` by name.
+        read_experts: Returns the float8 values and the factors of a matrix of a routed expert, to be kept; None = they
+            are tensors like any other.
 
     Returns:
         The tree of `decoder_specs`.
@@ -106,7 +112,7 @@ def from_hub(config: DecoderConfig, read: Callable[[str], np.ndarray]) -> Params
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
         if config.is_moe_layer(index):
-            ffn = {"moe": _moe_from_hub(config, read, prefix + "mlp.")}
+            ffn = {"moe": _moe_from_hub(config, read, read_experts, prefix + "mlp.")}
         else:
             gate_up, down = _mlp_from_hub(read, prefix + "mlp.")
             ffn = {"mlp": {"gate_up": gate_up, "down": down}}
@@ -133,14 +139,21 @@ def _attention_from_hub(config: DecoderConfig, read: Callable[[str], np.ndarray]
     return attn | {"v_up": np.swapaxes(v_up, 1, 2)}
 
 
-def _moe_from_hub(config: DecoderConfig, read: Callable[[str], np.ndarray], prefix: str) -> Params:
-    experts = [_mlp_from_hub(read, f"{prefix}experts.{e}.") for e in range(config.n_routed_experts)]
+def _moe_from_hub(
+    config: DecoderConfig, read: Callable[[str], np.ndarray], read_experts: ReadBlocks | None, prefix: str
+) -> Params:
+    experts = []
+    for of_expert in (f"{prefix}experts.{e}." for e in range(config.n_routed_experts)):
+        if read_experts is None:
+            experts.append(dict(zip(("gate_up", "down"), _mlp_from_hub(read, of_expert), strict=True)))
+        else:
+            names = (f"{of_expert}{name}_proj.weight" for name in ("gate", "up", "down"))
+            experts.append(stack_expert(*map(read_experts, names)))
     shared_gate_up, shared_down = _mlp_from_hub(read, prefix + "shared_experts.")
     return {
         "router": read(prefix + "gate.weight").T,
         "router_bias": read(prefix + "gate.e_score_correction_bias"),
-        "gate_up": np.stack([gate_up for gate_up, _ in experts]),
-        "down": np.stack([down for _, down in experts]),
+        **{name: np.stack([expert[name] for expert in experts]) for name in experts[0]},
         "shared": {"gate_up": shared_gate_up, "down": shared_down},
     }
 

@@ -67,9 +67,9 @@ def compile_for_hopper(monkeypatch, capfd) -> Callable[..., HopperProgram]:
 
     def compile_for(function: Callable, *args: jax.ShapeDtypeStruct | None) -> HopperProgram:
         mesh = Mesh(devices(1), ("x",))
+        sharding = NamedSharding(mesh, PartitionSpec())
         placed = [
-            arg and jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-            for arg in args
+            None if arg is None else jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=sharding) for arg in args
         ]
         monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
         monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")

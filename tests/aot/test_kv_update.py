@@ -22,8 +22,10 @@ def struct(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def compile_write(generation: str, width: int, num_rows: int, *, moves: bool) -> jax.stages.Compiled:
-    cache, slots = struct(PAGES, PAGE, width), struct(num_rows, dtype=jnp.int32)
+def compile_write(
+    generation: str, width: int, num_rows: int, *, moves: bool, dtype=jnp.bfloat16
+) -> jax.stages.Compiled:
+    cache, slots = struct(PAGES, PAGE, width, dtype=dtype), struct(num_rows, dtype=jnp.int32)
     function, args = (kv_move, (slots, slots)) if moves else (kv_update, (struct(num_rows, width), slots))
     return compile_for(generation, partial(function, implementation="xla"), cache, *args, donate=(0,))
 
@@ -51,6 +53,14 @@ def test_the_cache_is_written_in_place_and_each_row_costs_the_register_tiles_it_
     # read. What they read cannot be seen; that they copy no cache can, in the temporaries above.
     if not (moves and num_rows > 1024 and generation != "v5e"):
         assert accessed <= bound
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("moves", [False, True], ids=["update", "move"])
+def test_a_float8_cache_is_written_in_place(generation, moves):
+    memory = compile_write(generation, 640, 64, moves=moves, dtype=jnp.float8_e4m3fn).memory_analysis()
+    assert memory.alias_size_in_bytes == PAGES * PAGE * 640
+    assert memory.temp_size_in_bytes <= 64 * 640 + 2**18
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

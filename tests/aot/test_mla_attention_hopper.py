@@ -44,9 +44,10 @@ def test_compiles_to_hopper_code_that_spills_nothing_and_copies_no_cache(name, c
     assert temporaries <= num_rows * (width * 2 + 8) + parts + 2**20
 
 
+@pytest.mark.parametrize("suffix", ["", "-fp8"])
 @pytest.mark.parametrize("page_size", [8, 16, 128])
-def test_other_pages_compile_without_spilling(page_size, compile_for_hopper):
-    assert compile_spec(compile_for_hopper, SPECS["moonlight-verify-tp1"], page_size).spill_bytes == 0
+def test_other_pages_compile_without_spilling(page_size, suffix, compile_for_hopper):
+    assert compile_spec(compile_for_hopper, SPECS["moonlight-verify-tp1" + suffix], page_size).spill_bytes == 0
 
 
 @pytest.mark.parametrize(("width", "value_width", "row_width"), [(192, 128, 192), (448, 384, 448), (576, 512, 640)])

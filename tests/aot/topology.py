@@ -70,5 +70,7 @@ def compile_for(
     """
     with tpu(generation) as mesh:
         sharding = NamedSharding(mesh, PartitionSpec())
-        placed = [arg and jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=sharding) for arg in args]
+        placed = [
+            None if arg is None else jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=sharding) for arg in args
+        ]
         return jax.jit(function, donate_argnums=donate).lower(*placed).compile()

@@ -131,6 +131,9 @@ def test_a_dry_run_says_what_would_run_and_starts_nothing(jobs, model_dir, capsy
     assert report["plan"]["kv_bytes_per_instance"] == 100 * 16 * report["plan"]["kv_bytes_per_token"]
     assert report["plan"]["requests_per_iteration"] == 16 * 8
     assert report["config"]["engine"]["num_pages"] == 100
+    assert main([*argv, "--engine.kv-dtype", "float8_e4m3fn", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
+    assert (plan["kv_dtype"], plan["kv_bytes_per_token"]) == ("float8_e4m3fn", 3 * (16 + 8))
     assert main(argv) == 0
     assert "num_pages: 100" in capsys.readouterr().out
     assert not hasattr(jobs, "config")
@@ -158,6 +161,7 @@ def test_doctor_reports_versions_devices_and_the_kernel_implementations(capsys):
     if jax.default_backend() == "cpu":
         expected = "xla (best on cpu; can be named: reference, pallas_tpu, pallas_gpu)"
         assert report["kernels"]["mla_attention"] == report["kernels"]["gqa_attention"] == expected
+    assert set(report["kv_dtypes"]) == {"auto", "float8_e4m3fn"}
     assert report["problems"] == []
     assert main(["doctor"]) == 0
     assert "problems\n  none" in capsys.readouterr().out

@@ -47,3 +47,17 @@ def test_a_donated_cache_is_not_copied():
     after = jax.jit(kv_update, donate_argnums=0)(cache, rows, slots)
     assert after.unsafe_buffer_pointer() == before
     assert cache.is_deleted()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_float8_holds_the_nearest_value_and_its_largest_one_beyond(implementation, dtype):
+    """A plain cast makes NaN of what is larger."""
+    rows = jnp.array([[0.3, -1.0, 448.0], [449.0, 1e9, -500.0]], dtype)
+    assert jnp.isnan(rows.astype(jnp.float8_e4m3fn)).any()
+    cache = jnp.zeros((2, SIZE, WIDTH), jnp.float8_e4m3fn)
+    got = kv_update(cache, rows, jnp.array([5, 6]), implementation=implementation)
+    expected = [[0.3125, -1, 448], [448, 448, -448]]
+    np.testing.assert_array_equal(got[1, 1:3].astype(np.float32), expected)
+    moved = kv_move(got, jnp.array([5, 6]), jnp.array([6, 7]), implementation=implementation)
+    np.testing.assert_array_equal(moved[1, 2:].astype(np.float32), expected)
