@@ -61,11 +61,12 @@ def compare_options(workload: Workload, seed: int) -> tuple[dict[str, float], Co
         Values by name, and firings by "workload:option:what". The values are: options of `options_of` and, with the
         suffix "_low", the same at a correlation of `LOW_CORRELATION`;
         - "f_wide_W_room_only": as "f_wide_W" with the least W, if reading the experts got no faster by it;
+        - "f_wide_W_verl": what joining does for veRL, over veRL;
         - "bound_a_order": longest first by true lengths;
         - "bound_c_prompts": prompts take no KV at all, as if all were shared;
         - "bound_f_wide": instances with few requests have `WIDTH` times the chips, at once and for free;
-        - "bound_abc": the first two at once, with the best of `BOUND_CHUNKS`;
-        - "bound_abcf": all three at once, with the best of them;
+        - "bound_abc": the first two at once, with trees and the best of `BOUND_CHUNKS`;
+        - "bound_e_drafts": drafting costs nothing, with trees;
         - "bound_g_idle": share of instance time that is idle, which other work could fill;
         - "bound_work": over `least_time_s`; nothing that keeps hardware, instances, model and drafts gets there;
         - "bound_no_tail": as if the tail took no time.
@@ -152,20 +153,31 @@ def _bounds(workload: Workload, requests: SimRequests, seer: SimResult, seed: in
         "bound_c_prompts": [simulate(free, SYSTEMS["seer"], no_prompts, seed=seed)],
         "bound_f_wide": [simulate(workload, SYSTEMS["seer"], requests, seed=seed, times=wide)],
     }
-    for name, used in (("bound_abc", times), ("bound_abcf", wide)):
-        sizes = [workload.chunk_size // parts for parts in BOUND_CHUNKS]
-        chosen = [replace(oracle, speculation="grouped_tree", options={"chunk_size": size}) for size in sizes]
-        runs[name] = [simulate(free, system, no_prompts, seed=seed, times=used) for system in chosen]
+    trees = replace(oracle, speculation="grouped_tree")
+    sizes = [workload.chunk_size // parts for parts in BOUND_CHUNKS]
+    chosen = [replace(trees, options={"chunk_size": size}) for size in sizes]
+    runs["bound_abc"] = [simulate(free, system, no_prompts, seed=seed) for system in chosen]
+    cheap = workload.with_values({"times.draft_overhead_s": 0.0, "times.draft_overhead_per_token_s": 0.0})
+    runs["bound_e_drafts"] = [simulate(cheap, replace(trees, policy="seer"), requests, seed=seed)]
+    of_verl = {}
     for width in [width for width in WIDTHS if can_widen(workload, width)][:1]:
         room = widen(workload, width, faster_reads=False)
         runs[f"f_wide_{width}_room_only"] = [simulate(room, SYSTEMS["seer"], requests, seed=seed)]
+        verl, wide_verl = (
+            simulate(w, SYSTEMS["verl"], requests, seed=seed) for w in (workload, widen(workload, width))
+        )
+        of_verl[f"f_wide_{width}_verl"] = verl.rollout_time_s / wide_verl.rollout_time_s
     bounds = {name: max(seer.rollout_time_s / run.rollout_time_s for run in found) for name, found in runs.items()}
     all_s = workload.num_instances * seer.rollout_time_s
-    return bounds | {
-        "bound_work": seer.rollout_time_s / least_time_s(workload, requests),
-        "bound_no_tail": seer.rollout_time_s / (seer.rollout_time_s - seer.tail_time_s),
-        "bound_g_idle": 1 - seer.counters.busy_s / all_s,
-    }
+    return (
+        bounds
+        | of_verl
+        | {
+            "bound_work": seer.rollout_time_s / least_time_s(workload, requests),
+            "bound_no_tail": seer.rollout_time_s / (seer.rollout_time_s - seer.tail_time_s),
+            "bound_g_idle": 1 - seer.counters.busy_s / all_s,
+        }
+    )
 
 
 def least_time_s(workload: Workload, requests: SimRequests) -> float:

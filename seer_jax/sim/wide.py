@@ -28,9 +28,10 @@ def can_widen(workload: Workload, width: int) -> bool:
 def widen(workload: Workload, width: int, *, faster_reads: bool = True) -> Workload:
     """The same chips as `1 / width` times as many instances, with attention as before and experts over all chips.
 
-    Of the memory that the experts leave, KV gets the share that it has of what is free now. A step takes longer by the
-    difference of the two exchanges, measured for 128 tokens a chip with the largest hidden size here; with fewer tokens
-    or narrower ones it would be less, so this is the upper end.
+    Of the memory that the experts leave, KV gets the share that it has of what is free now. Every instance drafts for
+    its own requests as before, so a draft token costs the joined batch `1 / width` as much. A step takes longer by the
+    difference of the two exchanges at the bytes that were measured, which is more than a chip sends here: see
+    `exchange` in configs/sim.
 
     Args:
         workload: With experts.
@@ -60,6 +61,7 @@ def widen(workload: Workload, width: int, *, faster_reads: bool = True) -> Workl
         "cluster.kv_bytes_per_rank": workload.kv_bytes_per_rank + min(1.0, kv_share) * freed_bytes,
         "cluster.max_num_seqs": workload.max_num_seqs * width,
         "cluster.transfer_bytes_per_s": workload.transfer_bytes_per_s * width,
+        "times.draft_overhead_per_token_s": workload.times.draft_overhead_per_token_s / width,
         "times.step_overhead_s": workload.times.step_overhead_s + workload.exchange_layers * (after_s - before_s),
     }
     if not faster_reads:  # As many bytes more as there are chips more.

@@ -82,7 +82,7 @@ def test_one_experiment_is_one_object_on_stdout_and_files(
 def test_all_experiments_of_all_workloads_with_timelines_as_charts_and_traces(
     calls: list[dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert simulate_("--out", str(tmp_path), "--first-seed", "7", "--json") == 0
+    assert simulate_("--experiment", "all", "--out", str(tmp_path), "--first-seed", "7", "--json") == 0
     assert [call["name"] for call in calls] == ["breakdown", "utilization"]
     assert all(call["workloads"] == ["moonlight", "qwen2_vl_72b", "kimi_k2"] for call in calls)
     assert calls[0]["seeds"] == (7, 8, 9) and calls[0]["jobs"] == 2 and calls[0]["scale"] == 1.0
@@ -158,6 +158,7 @@ BAD_INPUT = [
     (["--jobs", "0"], "jobs: is 0"),
     (["--scale", "0"], "scale: is 0.0"),
     (["--scale", "nan"], "scale:"),
+    (["--scale", "1e9"], "scale: is 1000000000.0 (above 0, at most 100"),
     (["--out", "a/moonlight.yaml/x"], "out: cannot write to 'a/moonlight.yaml/x'"),
     (["--out", "{nme}"], "out: cannot be filled in: '{nme}'"),
     (["--replay", "nowhere"], "profile: is not given, --replay is"),

@@ -38,6 +38,26 @@ def test_a_step_reads_half_of_the_experts_per_chip_and_pays_for_the_exchange():
     assert after_s < before_s
 
 
+def test_a_draft_token_costs_each_instance_that_joined_what_it_cost_alone():
+    tokens = 4 * SEQS
+    of_drafts = [
+        float(w.times.verify_step_s(seqs, 4 * seqs, CONTEXT)) - float(w.times.forward_s(seqs, 4 * seqs, CONTEXT))
+        for w, seqs in ((KIMI, SEQS), (WIDE, 2 * SEQS))
+    ]
+    assert of_drafts[0] == pytest.approx(0.01433 + 8.615e-06 * (tokens - SEQS))
+    assert of_drafts[1] == pytest.approx(of_drafts[0])
+
+
+def test_exchange_between_few_chips_grows_with_what_leaves_a_chip():
+    moonlight = load_workload("moonlight")
+    chips, seconds = moonlight.exchange_s_per_layer
+    measured = dict(zip(chips, seconds, strict=True))
+    for few in (1, 2, 4):
+        assert measured[few] == pytest.approx(measured[8] * (1 - 1 / few) / (1 - 1 / 8), rel=0.01)
+    wide = widen(moonlight, 2)
+    assert wide.times.step_overhead_s - moonlight.times.step_overhead_s == pytest.approx(26 * 1.09e-4)
+
+
 def test_without_faster_reads_only_room_is_won():
     room = widen(KIMI, 2, faster_reads=False)
     assert room.kv_bytes_per_rank == WIDE.kv_bytes_per_rank
