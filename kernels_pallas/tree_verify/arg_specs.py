@@ -54,4 +54,5 @@ TINY = {
 }
 MOONLIGHT = {f"moonlight tp{n}": ArgSpec(rows=256, width=2048, vocab=163_840, shards=n) for n in (1, 8)}
 KIMI_K2 = {f"kimi_k2 tp{n}": ArgSpec(rows=256, width=7168, vocab=163_840, shards=n) for n in (1, 8)}
-ARG_SPECS = TINY | MOONLIGHT | KIMI_K2
+QWEN2_72B = {f"qwen2_72b tp{n}": ArgSpec(rows=256, width=8192, vocab=152_064, shards=n) for n in (1, 8)}
+ARG_SPECS = TINY | MOONLIGHT | KIMI_K2 | QWEN2_72B

@@ -92,7 +92,7 @@ class StepBuckets:
             self.tile = self.verify_tile = 1
             self.max_prefill_tokens = min(max_prefill_tokens, num_slots)
             self._num_rows = num_slots + self.max_prefill_tokens
-            if self._verifies and num_ranks > 1:
+            if num_ranks > 1:  # One rank may verify more than an even share, and all modes have one program.
                 self._num_rows = max(self._num_rows, num_slots * (1 + self._depth))
             self.max_verify_tokens = num_ranks * self._num_rows
             return

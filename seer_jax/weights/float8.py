@@ -5,6 +5,7 @@ W = values x `weight_scale_inv` of their block, a factor in spite of its name.
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,21 @@ def read_float8(file: Path, name: str) -> np.ndarray:
         file: A safetensors file.
         name: Of a tensor in it that is stored as `STORED_TYPE`.
     """
+    start, entries = _read_header(file, file.stat().st_mtime_ns)
+    entry = entries[name]
+    first, end = entry["data_offsets"]
     with file.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        entry = json.loads(stream.read(header_bytes))[name]
-        first, end = entry["data_offsets"]
-        stream.seek(8 + header_bytes + first)
+        stream.seek(start + first)
         data = stream.read(end - first)
     return np.frombuffer(data, ml_dtypes.float8_e4m3fn).reshape(entry["shape"])
+
+
+@lru_cache(maxsize=128)  # Kimi-K2 has 61 files of a thousand tensors.
+def _read_header(file: Path, modified_ns: int) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begins, and what it says of its tensors; anew when the file has changed."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        return 8 + size, json.loads(stream.read(size))
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

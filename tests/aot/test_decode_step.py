@@ -60,6 +60,8 @@ class Deployment:
     context: int
     pages: int
     data: int = 1
+    is_float8: bool = False
+    """Cache and routed experts."""
 
     @property
     def num_chips(self) -> int:
@@ -74,14 +76,13 @@ class Deployment:
         """The mesh, and the step's arguments as they lie on it: weights, caches, packed requests."""
         sizes = ShardingConfig(data=self.data, expert=self.expert, tensor=self.tensor)
         mesh = make_mesh(sizes, devices(self.topology))
-        weights, caches = place(self.model, jnp.bfloat16, mesh)
+        specs = decoder_specs(self.model, jnp.bfloat16, has_float8_experts=self.is_float8)
+        weights, caches = place(self.model, specs, mesh)
         params = jax.tree.map(
-            lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
-            decoder_specs(self.model, jnp.bfloat16),
-            weights,
+            lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding), specs, weights
         )
         rows = (self.pages, PAGE, pad_row_width(self.model.latent_width, "tpu"))
-        cache = jax.ShapeDtypeStruct(rows, jnp.bfloat16, sharding=caches)
+        cache = jax.ShapeDtypeStruct(rows, jnp.float8_e4m3fn if self.is_float8 else jnp.bfloat16, sharding=caches)
         packed = jax.ShapeDtypeStruct((self.data * packed_size(self.shape),), jnp.int32, sharding=by_rank(mesh))
         return mesh, (params, [cache] * self.model.num_hidden_layers, packed)
 
@@ -213,6 +214,15 @@ def test_three_layers_of_kimi_k2_on_64_v5p_chips_send_what_is_counted():
     deployment = with_layers(KIMI_K2_STEP, 3)
     text, compiled = deployment.compile()
     check_kernels_and_memory(deployment, text, compiled)
+    assert count_collectives(compiled) == expected_collectives(deployment)
+
+
+def test_kimi_k2_with_float8_experts_and_caches_has_half_of_their_bytes_and_sends_the_same():
+    deployment = with_layers(KIMI_K2_STEP, 3)
+    float8 = dataclasses.replace(deployment, is_float8=True)
+    assert 2 * float8.count_cache_bytes() == deployment.count_cache_bytes()
+    text, compiled = float8.compile()
+    check_kernels_and_memory(float8, text, compiled)
     assert count_collectives(compiled) == expected_collectives(deployment)
 
 

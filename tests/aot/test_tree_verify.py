@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.tree_verify import pallas_tpu, tree_verify
-from kernels_pallas.tree_verify.arg_specs import ARG_SPECS, KIMI_K2, MOONLIGHT, TINY, ArgSpec
+from kernels_pallas.tree_verify.arg_specs import ARG_SPECS, KIMI_K2, MOONLIGHT, QWEN2_72B, TINY, ArgSpec
 
 pytestmark = pytest.mark.aot
 
@@ -47,7 +47,7 @@ def compile_for(chip, spec):
 
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)
-@pytest.mark.parametrize("name", [*MOONLIGHT, *KIMI_K2])
+@pytest.mark.parametrize("name", [*MOONLIGHT, *KIMI_K2, *QWEN2_72B])
 def test_compiles_without_an_array_of_logits(chip, name):
     spec = ARG_SPECS[name]
     compiled = compile_for(chip, spec)

@@ -8,13 +8,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.tree_verify import pallas_gpu, tree_verify
-from kernels_pallas.tree_verify.arg_specs import ARG_SPECS, KIMI_K2, MOONLIGHT, ArgSpec
+from kernels_pallas.tree_verify.arg_specs import ARG_SPECS, KIMI_K2, MOONLIGHT, QWEN2_72B, ArgSpec
 from tests.aot.hopper import compile_for_hopper, devices
 
 __all__ = ["compile_for_hopper"]
 pytestmark = pytest.mark.aot
 DECODE = {f"{rows} rows": ArgSpec(rows=rows, width=2048, vocab=163_840) for rows in (16, 128, 192)}
-SPECS = {name: ARG_SPECS[name] for name in (*MOONLIGHT, *KIMI_K2)} | DECODE
+SPECS = {name: ARG_SPECS[name] for name in (*MOONLIGHT, *KIMI_K2, *QWEN2_72B)} | DECODE
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -189,9 +189,11 @@ def test_every_draft_that_has_room_has_a_compiled_shape(
     assert (tokens[:, packing.LIMIT] > 0).sum() == count + sum(map(len, parents))
 
 
-def test_off_grouped_and_suffix_share_the_one_program_of_the_deterministic_mode() -> None:
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_off_grouped_and_suffix_share_the_one_program_of_the_deterministic_mode(num_ranks: int) -> None:
     config = EngineConfig(deterministic=True)
-    shapes = [StepBuckets(config, SpeculationConfig(mode=m)).all_shapes(False) for m in ("off", "suffix", "grouped")]
+    modes = [SpeculationConfig(mode=mode) for mode in ("off", "suffix", "grouped")]
+    shapes = [StepBuckets(config, mode, num_ranks=num_ranks).all_shapes(False) for mode in modes]
     assert shapes[0] == shapes[1] == shapes[2] and len(shapes[0]) == 1
 
 

@@ -104,7 +104,7 @@ def test_an_engine_rolls_out_with_them(checkpoint):
 
 
 ON_FOUR_DEVICES = """
-import os, sys
+import dataclasses, os, sys
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 import jax, numpy as np
 from pathlib import Path
@@ -115,9 +115,10 @@ from seer_jax.weights import load_checkpoint
 from tests.engine import tiny
 
 config, params = load_checkpoint(Path(sys.argv[1]), "float32", keeps_float8_experts=True)
-results = []
-for mesh in (make_mesh(ShardingConfig(expert=2, tensor=2), jax.devices()), None):
-    engine = Engine(config, params, tiny.CONFIG, mesh=mesh)
+results, engine_config = [], dataclasses.replace(tiny.CONFIG, kv_dtype=sys.argv[2])
+for sharding in (ShardingConfig(expert=2, tensor=2), ShardingConfig(data=2, tensor=2), None):
+    mesh = None if sharding is None else make_mesh(sharding, jax.devices())
+    engine = Engine(config, params, engine_config, mesh=mesh)
     engine.submit(tiny.chunk(tiny.prompt(0, 9)))
     [event] = tiny.drain(engine).values()
     results.append((event.token_ids, event.logprobs))
@@ -125,18 +126,20 @@ for mesh in (make_mesh(ShardingConfig(expert=2, tensor=2), jax.devices()), None)
         moe = engine.params["layers"][1]["moe"]
         for name in ("gate_up", "gate_up_scale", "down", "down_scale"):
             assert moe[name].addressable_shards[0].data.shape[0] == config.n_routed_experts // 4, name
-np.testing.assert_array_equal(results[0][0], results[1][0])
-np.testing.assert_allclose(results[0][1], results[1][1], atol=1e-4)
+for tokens, logprobs in results[:2]:
+    np.testing.assert_array_equal(tokens, results[2][0])
+    np.testing.assert_allclose(logprobs, results[2][1], atol=1e-4)
 """
 
 
-def test_devices_share_float8_experts_and_their_scales(tmp_path):
+@pytest.mark.parametrize("kv_dtype", ["auto", "float8_e4m3fn"])
+def test_devices_and_ranks_share_float8_experts_and_their_scales(tmp_path, kv_dtype):
     save_checkpoint(
         tmp_path / "source", tiny.MODEL, init_params(jax.random.key(0), decoder_specs(tiny.MODEL, "float32"))
     )
     write_float8(tmp_path / "source", tmp_path)
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-c", ON_FOUR_DEVICES, tmp_path]
+    command = [sys.executable, "-c", ON_FOUR_DEVICES, tmp_path, kv_dtype]
     finished = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280)
     assert finished.returncode == 0, finished.stderr[-3000:]
 
