@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from tests.aot.hopper import compile_for_hopper
