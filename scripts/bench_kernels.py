@@ -149,17 +149,18 @@ def measure_case(case: Case, limits: Limits) -> list[dict[str, Any]]:
 def make_loop(advance: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Make `(repeats, first, *rest) -> first` of `advance(first, *rest) -> first`; it takes `first`'s memory.
 
-    `repeats` is static: a GPU would ask the host after every turn whether a loop of unknown length goes on.
+    On accelerators `repeats` is static, since a GPU asks the host after every turn whether a loop of unknown length goes
+    on. On a CPU it is not, or XLA would unroll a few turns and compute several in one pass over memory.
     """
 
-    def run(repeats: int, first: jax.Array, *rest: jax.Array) -> jax.Array:
+    def run(repeats: int | jax.Array, first: jax.Array, *rest: jax.Array) -> jax.Array:
         # The barrier keeps work on arrays that no call changes (a gather of the cache) inside the loop.
         def body(_: jax.Array, first: jax.Array) -> jax.Array:
             return advance(*jax.lax.optimization_barrier((first, *rest)))
 
         return jax.lax.fori_loop(0, repeats, body, first)
 
-    return jax.jit(run, static_argnums=0, donate_argnums=1)
+    return jax.jit(run, static_argnums=() if jax.default_backend() == "cpu" else 0, donate_argnums=1)
 
 
 def measure(advance: Callable[..., jax.Array], arrays: tuple[jax.Array | None, ...]) -> float:

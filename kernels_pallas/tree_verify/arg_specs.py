@@ -55,6 +55,6 @@ TINY = {
 MOONLIGHT = {f"moonlight tp{n}": ArgSpec(rows=256, width=2048, vocab=163_840, shards=n) for n in (1, 8)}
 KIMI_K2 = {f"kimi_k2 tp{n}": ArgSpec(rows=256, width=7168, vocab=163_840, shards=n) for n in (1, 8)}
 QWEN2_72B = {f"qwen2_72b tp{n}": ArgSpec(rows=256, width=8192, vocab=152_064, shards=n) for n in (1, 4)}
-"""Not 8: a share of 19,008 is no multiple of 128, XLA for TPU lays such a head out by columns and would copy it for each
-call. A vocabulary that is padded to a multiple of 128 x shards is not copied."""
+"""Not 8: a share of 19,008 is no multiple of 128, and XLA for TPU, which lays such a head out by columns, would copy it
+for each call. A vocabulary that is padded to a multiple of 128 x shards is not copied."""
 ARG_SPECS = TINY | MOONLIGHT | KIMI_K2 | QWEN2_72B

@@ -1,6 +1,7 @@
 """Packed step inputs: what goes in comes out, and every plan has a bucket."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
