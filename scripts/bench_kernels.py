@@ -149,8 +149,8 @@ def measure_case(case: Case, limits: Limits) -> list[dict[str, Any]]:
 def make_loop(advance: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Make `(repeats, first, *rest) -> first` of `advance(first, *rest) -> first`; it takes `first`'s memory.
 
-    On accelerators `repeats` is static, since a GPU asks the host after every turn whether a loop of unknown length goes
-    on. On a CPU it is not, or XLA would unroll a few turns and compute several in one pass over memory.
+    On accelerators `repeats` is static, since a GPU asks the host after every turn of a loop of unknown length whether
+    it goes on. On a CPU it is not, or XLA would unroll a few turns and compute several in one pass over memory.
     """
 
     def run(repeats: int | jax.Array, first: jax.Array, *rest: jax.Array) -> jax.Array:
