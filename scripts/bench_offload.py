@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from seer_jax.config.presets import load_config, resolve_preset_path
-from seer_jax.core.kv.shared_prompts import ParkedKV
+from seer_jax.core.kv.rank_pages import ParkedKV
 from seer_jax.core.types import RequestChunk, RequestId, SamplingParams, sampling_key
 from seer_jax.engine.engine import Engine
 from seer_jax.engine.factory import build_engine
@@ -48,7 +48,7 @@ def main() -> None:
         "step_ms": statistics.median(r["step_ms"] for r in plain),
         "step_ms_offloading": statistics.median(r["step_ms"] for r in offloading),
         "ratio_median": statistics.median(ratios),
-        "ratio_quartiles": statistics.quantiles(ratios, n=4),
+        "ratio_quartiles": statistics.quantiles(ratios, n=4) if args.rounds > 1 else None,
         "offloaded_bytes_per_s": statistics.median(r["bytes"] / r["seconds"] for r in offloading),
     }
     print(json.dumps(result) if args.json else result)

@@ -186,7 +186,7 @@ def sample_heldout(params: Params, recipe: Recipe) -> tuple[dict[int, Prompt], l
 def report(params: Params, recipe: Recipe) -> dict[str, Any]:
     """Measure reward, styles and lengths of the base model on held-out prompts at temperature 1."""
     prompts, samples = sample_heldout(params, recipe)
-    rewards, _ = compute_rewards(ChainSum(), prompts, samples)
+    rewards, _ = compute_rewards(ChainSum(), prompts, samples, TrainConfig.reward_timeout_s)
     careful = np.array(["=" in decode(sample.token_ids)[:4] for sample in samples])
     counts = np.array([prompts[sample.request_id.group_id].record["num_operands"] for sample in samples])
     lengths = np.array([len(sample.token_ids) for sample in samples])

@@ -202,6 +202,8 @@ class TrainConfig:
     """Recompute layers in the backward pass: a third more time, far less memory. For long sequences."""
     eval_samples: int = 1
     """Responses per held-out prompt when the reward is measured."""
+    reward_timeout_s: float = 60.0
+    """Longest that the reward function may take for a response; then it gets no reward, as after a crash."""
     checkpoint_every: int = 4
     """Iterations between checkpoints; the last iteration always writes one."""
     keep_checkpoints: int = 2

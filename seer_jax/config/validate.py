@@ -73,6 +73,7 @@ ABOVE_ZERO = (
     "train.clip_low",
     "train.clip_high",
     "train.k15_tau",
+    "train.reward_timeout_s",
 )
 """Settings that zero makes meaningless."""
 

@@ -21,7 +21,7 @@ class Chaos:
         self._kill_owner_at: list[int] = []
         self._killed: set[int] = set()
         self.num_dropped = 0
-        """Messages lost so far."""
+        """Messages lost since the caller last set it."""
 
     def start(self, num_requests: int) -> None:
         """Choose after how many finished requests instances and pool owners are killed.

@@ -54,8 +54,14 @@ class MoveCosts:
         self.num_declined = self._num_in_a_row = 0
         self._max_prefill_tokens, self._always_moves = max_prefill_tokens, always_moves
 
-    def moving_pays(self, num_tokens: int, num_bytes: int) -> bool:
-        """Whether to move the KV of `num_tokens` tokens; a no counts as a declined move."""
+    def moving_pays(self, num_tokens: int, num_bytes: int, *, was_declined: bool = False) -> bool:
+        """Whether to move the KV of `num_tokens` tokens; a no counts as a declined move.
+
+        With `was_declined` the answer takes the place of a no that less of the same KV got.
+        """
+        if was_declined:
+            self.num_declined -= 1
+            self._num_in_a_row = max(0, self._num_in_a_row - 1)
         move_s, prefill_s = self.move.estimate(num_bytes), self._prefill_s(num_tokens)
         pays = self._always_moves or move_s is None or prefill_s is None or move_s <= prefill_s
         if pays or self._num_in_a_row >= MAX_DECLINED:

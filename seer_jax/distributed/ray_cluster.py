@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
@@ -21,7 +20,14 @@ from seer_jax.distributed.draft_sync import DraftServers
 from seer_jax.distributed.instance_actor import MAX_CONCURRENCY, InstanceActor
 from seer_jax.distributed.mailbox import Outbox
 from seer_jax.distributed.pool_owners import PoolOwners
-from seer_jax.distributed.resources import actor_resources, check_resources, find_platform, get_result, min_instances
+from seer_jax.distributed.resources import (
+    actor_resources,
+    check_resources,
+    find_platform,
+    get_result,
+    is_loss,
+    min_instances,
+)
 from seer_jax.kvpool import PoolStats
 from seer_jax.kvpool.factory import new_run_name
 
@@ -30,8 +36,6 @@ WEIGHTS_TIMEOUT_S = 600.0
 """Longest that an instance may take for new weights, unless `rollout.instance_timeout_s` is longer."""
 START_TIMEOUT_S = 1800.0
 """The same for a replacement to start and compile."""
-MISTAKES = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")
-"""What XLA says of programs that no other instance could run either."""
 WATCH_INTERVAL_S = 1.0
 """How often silent instances are looked for at least."""
 
@@ -82,8 +86,7 @@ class RayCluster:
             ConfigError: If the cluster cannot hold the instances, or an engine cannot be built.
         """
         self._config, self._model_config = config, model_config
-        self._chaos = Chaos(config.chaos)
-        self._run_name = new_run_name()
+        self._chaos, self._run_name = Chaos(config.chaos), new_run_name()
         self._owns_ray = not ray.is_initialized()
         self._next_id = first_instance_id
         self._num_replaced, self._policy_version, self._last_cause = 0, 0, "none"
@@ -132,7 +135,7 @@ class RayCluster:
             self._introduce()  # An instance that gave a server up, or that of a new one, hears of it again.
         if self._pool_owners is not None:
             self._pool_owners.start_iteration()
-        self._policy_version, self._num_replaced = policy_version, 0
+        self._policy_version, self._num_replaced, self._chaos.num_dropped = policy_version, 0, 0
         if params is not None:
             self._weights = ray.put(params)
         weights = None if params is None else self._weights
@@ -141,7 +144,7 @@ class RayCluster:
             try:
                 ray.get(ref, timeout=max(WEIGHTS_TIMEOUT_S, self._config.rollout.instance_timeout_s))
             except RayError as error:
-                if not _is_loss(error):
+                if not is_loss(error):
                     raise
                 # Dead, hung, or out of reach and then without these weights; its poll fails, and `wait` reports it.
                 ray.kill(instance.actor)
@@ -208,6 +211,11 @@ class RayCluster:
         if self._pool_owners is None:
             raise ProtocolError(f"instances share no pool with kvpool.backend={self._config.kvpool.backend}")
         self._pool_owners.kill()
+
+    @property
+    def num_dropped_messages(self) -> int:
+        """See `Cluster`."""
+        return self._chaos.num_dropped
 
     def pool_stats(self) -> PoolStats:
         """See `Cluster`."""
@@ -297,7 +305,7 @@ class RayCluster:
         except ObjectLostError:
             return []  # The next poll asks again.
         except RayError as error:
-            if not _is_loss(error):
+            if not is_loss(error):
                 raise
             return self._lose(instance, error)
         if self._chaos.drops_message():
@@ -335,14 +343,6 @@ class RayCluster:
         number, batches = instance.outbox.next_poll()
         if not self._chaos.drops_message():
             self._polls[instance.actor.poll.remote(number, batches)] = instance
-
-
-def _is_loss(error: RayError) -> bool:
-    """Whether a failed call means that its instance is gone; if not, it is a mistake, and the run ends with it."""
-    if not isinstance(error, RayTaskError):
-        return True
-    is_device = isinstance(error.cause, jax.errors.JaxRuntimeError)
-    return is_device and not any(status in str(error.cause) for status in MISTAKES)
 
 
 def start_ray() -> None:

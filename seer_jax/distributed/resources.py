@@ -4,14 +4,17 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
+import jax
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from seer_jax.config.schema import RunConfig, num_mesh_devices
 from seer_jax.core.errors import ConfigError, SeerError
 
 JAX_PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
 """Modules of which one must be installed for JAX to use the accelerator."""
+MISTAKES = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")
+"""What XLA says of programs that no other instance could run either."""
 
 
 def find_platform() -> str:
@@ -70,3 +73,11 @@ def get_result(ref: Any, timeout_s: float | None = None) -> Any:
         if isinstance(error.cause, SeerError):
             raise error.cause from error
         raise
+
+
+def is_loss(error: RayError) -> bool:
+    """Whether a failed call means that its instance is gone; if not, it is a mistake, and the run ends with it."""
+    if not isinstance(error, RayTaskError):
+        return True
+    is_device = isinstance(error.cause, jax.errors.JaxRuntimeError)
+    return is_device and not any(status in str(error.cause) for status in MISTAKES)

@@ -53,6 +53,11 @@ class Cluster(Protocol):
         """
         ...
 
+    @property
+    def num_dropped_messages(self) -> int:
+        """Messages to and from instances that `chaos.drop_message` took since the iteration began."""
+        ...
+
     def pool_stats(self) -> PoolStats:
         """Figures of the iteration for the KV pool that instances share, all owners together; zeros without one."""
         ...
@@ -159,6 +164,11 @@ class LocalCluster:
     def kill_pool_owner(self) -> None:
         """See `Cluster`."""
         raise ProtocolError("a KV pool has no owner in this process")
+
+    @property
+    def num_dropped_messages(self) -> int:
+        """See `Cluster`: calls in one process are no messages."""
+        return 0
 
     def pool_stats(self) -> PoolStats:
         """See `Cluster`."""

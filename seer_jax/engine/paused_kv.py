@@ -40,6 +40,7 @@ class Saved:
         policy_version: Weights that computed them.
         put: How many of the first blocks the pool has.
         fetch: What came back.
+        declined: Whether nothing is to come back, because computing it again is faster.
         first_fetched: The first block of `fetch`; siblings had those before it here when it began.
     """
 
@@ -48,6 +49,7 @@ class Saved:
     policy_version: int
     put: Future[int]
     fetch: Future[HostKV | None] | None = None
+    declined: bool = False
     first_fetched: int = 0
 
 
@@ -277,8 +279,10 @@ class PausedKV:
         first = num_present // self._layout.block_tokens
         if saved.fetch is None or first < saved.first_fetched:
             num_pages = self._planner.pages_for(saved.num_tokens) - first * self._layout.pages_per_block
-            pays = self.costs.moving_pays(saved.num_tokens - num_present, num_pages * self._layout.page_bytes)
-            saved.first_fetched = first
+            num_tokens, num_bytes = saved.num_tokens - num_present, num_pages * self._layout.page_bytes
+            was_declined = saved.fetch is not None and saved.declined
+            pays = self.costs.moving_pays(num_tokens, num_bytes, was_declined=was_declined)
+            saved.first_fetched, saved.declined = first, not pays
             saved.fetch = self._fetching.submit(self._fetch, saved, first, num_pages) if pays else _done(None)
         return saved.fetch
 

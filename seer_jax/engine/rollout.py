@@ -42,6 +42,7 @@ class RolloutStats:
         moves_declined: Times that KV in a pool was computed again because that was measured to be faster.
         pool_peak_bytes: Most memory in use by pools, summed over them, since they were opened.
         pool_owners_lost: Owners of shared pools that died, with what they held.
+        messages_dropped: Messages to and from instances that `chaos.drop_message` took; they were sent again.
         instances_lost: Instances that died, hung or were killed.
         chunks_resumed: Chunks that were under way there, and run again elsewhere from the last returned token.
         replayed_events: Events of a process that died, by which the rollout went on.
@@ -74,6 +75,7 @@ class RolloutStats:
     moves_declined: int
     pool_peak_bytes: int
     pool_owners_lost: int
+    messages_dropped: int
     instances_lost: int
     chunks_resumed: int
     replayed_events: int
@@ -201,6 +203,7 @@ class RolloutRunner:
             time.perf_counter() - started,
             self._cluster.pool_stats(),
             known_tokens=known_tokens,
+            messages_dropped=self._cluster.num_dropped_messages,
             instances_lost=self._num_lost,
             chunks_resumed=self._num_resumed,
             replayed_events=num_replayed,
@@ -261,6 +264,7 @@ def summarize(
     pool: PoolStats,
     *,
     known_tokens: int = 0,
+    messages_dropped: int = 0,
     instances_lost: int = 0,
     chunks_resumed: int = 0,
     replayed_events: int = 0,
@@ -301,6 +305,7 @@ def summarize(
         moves_declined=sum(s.num_declined_moves for s in statuses),
         pool_peak_bytes=pool.peak_dram_bytes + sum(s.pool_peak_bytes for s in statuses),
         pool_owners_lost=pool.num_owners_lost,
+        messages_dropped=messages_dropped,
         instances_lost=instances_lost,
         chunks_resumed=chunks_resumed,
         replayed_events=replayed_events,

@@ -115,7 +115,7 @@ class TrainingRun:
         """Judge an iteration's responses and update the weights; returns its record."""
         config = self._config
         judging = time.perf_counter()
-        rewards, failures = compute_rewards(self._task, by_group, result.samples)
+        rewards, failures = compute_rewards(self._task, by_group, result.samples, config.train.reward_timeout_s)
         group_ids = np.array([sample.request_id.group_id for sample in result.samples])
         advantages = group_advantages(rewards, group_ids, config.train.loss)
         judged = time.perf_counter()
@@ -143,7 +143,8 @@ class TrainingRun:
         prompts = self._task.make_prompts(self._config.seed, "heldout", self._config.data.heldout_prompts)
         by_group = {-1 - i: prompt for i, prompt in enumerate(prompts)}  # training's group ids count from 0
         result = self._rollout(by_group, self._config.train.eval_samples, 0)
-        rewards, failures = compute_rewards(self._task, by_group, result.samples)
+        timeout_s = self._config.train.reward_timeout_s
+        rewards, failures = compute_rewards(self._task, by_group, result.samples, timeout_s)
         reward = _mean_reward(rewards)
         self._on_record(
             {

@@ -55,3 +55,12 @@ def test_what_seems_dear_is_tried_again_now_and_then():
     costs = make_costs(move_s=1.0, step_s=0.1)
     pays = [costs.moving_pays(100, 1_000_000) for _ in range(2 * MAX_DECLINED + 2)]
     assert [i for i, moved in enumerate(pays) if moved] == [MAX_DECLINED, 2 * MAX_DECLINED + 1]
+
+
+def test_an_answer_that_replaces_a_no_counts_instead_of_it():
+    costs = make_costs(move_s=1.0, step_s=0.1)
+    assert not costs.moving_pays(100, 1_000_000)
+    for _ in range(MAX_DECLINED + 1):
+        assert not costs.moving_pays(100, 2_000_000, was_declined=True)
+    assert costs.num_declined == 1
+    assert costs.moving_pays(1000, 500_000, was_declined=True) and costs.num_declined == 0

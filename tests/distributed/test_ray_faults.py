@@ -107,7 +107,10 @@ def test_lost_messages_are_sent_again(expected):
     cluster = start(ChaosConfig(drop_message=0.2), instances=1)
     result, log = roll_out(cluster)
     assert result.stats.output_sha256 == expected.stats.output_sha256 and result.stats.instances_lost == 0
-    assert joined(log) == [0] and cluster._chaos.num_dropped > 5
+    assert joined(log) == [0] and expected.stats.messages_dropped == 0
+    assert result.stats.messages_dropped == cluster.num_dropped_messages > 5
+    cluster.start_iteration(0, None)
+    assert cluster.num_dropped_messages == 0
     cluster.close()
 
 

@@ -152,10 +152,35 @@ class NotedSharedPool(NotedPool, SharedPool):
 def test_only_what_siblings_do_not_have_is_weighed_and_brought(num_slots, asked, monkeypatch):
     """Two blocks of the prompt are here while a sibling runs; one that is gone at admission is brought after all."""
     weighed = []
-    monkeypatch.setattr(MoveCosts, "moving_pays", lambda _, *sizes: weighed.append(sizes) or True)
+    monkeypatch.setattr(MoveCosts, "moving_pays", lambda _, *sizes, **__: weighed.append(sizes) or True)
     pool = NotedSharedPool(1 << 24)
+    here = go_on_beside_a_sibling(pool, num_slots)
+    assert here.status().num_prefilled_tokens <= 70 and here.status().num_reprefilled_tokens == 0
+    page_bytes = 4 * TOKEN_BYTES
+    assert pool.asked == asked and weighed == [(75 - 68, 3 * page_bytes), (75, 19 * page_bytes)][: len(asked)]
+    here.close()
+
+
+def test_a_move_that_is_declined_at_arrival_and_again_at_admission_counts_once():
+    pool = NotedSharedPool(1 << 24)
+    here = go_on_beside_a_sibling(pool, 1, move_s=1e6)
+    assert here.status().num_declined_moves == here._paused_kv.costs._num_in_a_row == 1 and not pool.asked
+    here.close()
+
+
+def go_on_beside_a_sibling(pool: NotedSharedPool, num_slots: int, move_s: float | None = None) -> Engine:
+    """An instance that ran the second chunk of a request; it came from another one while a sibling had a slot.
+
+    If `move_s` is given, that is what moves took there, and a prefill step a millisecond.
+    """
     config = dataclasses.replace(tiny.CONFIG, deterministic=True, max_num_seqs=num_slots)
-    there, here = (Engine(tiny.MODEL, tiny.params(), config, instance_id=i, kv_pool=pool) for i in range(2))
+    there, here = (
+        Engine(tiny.MODEL, tiny.params(), config, instance_id=i, kv_pool=pool, always_moves_kv=move_s is None)
+        for i in range(2)
+    )
+    if move_s is not None:
+        here._paused_kv.costs.move.note(1, move_s)
+        here._paused_kv.costs.prefill.note(1, 1e-3)
     sibling, mine = (tiny.chunk(tiny.prompt(0, 70), index=i, max_chunk=size) for i, size in enumerate((20, 6)))
     there.submit(mine)
     paused = tiny.drain(there)[1]
@@ -168,11 +193,8 @@ def test_only_what_siblings_do_not_have_is_weighed_and_brought(num_slots, asked,
     second = tiny.drain(here)[1]
     whole = tiny.reference_decode(dataclasses.replace(mine, max_chunk_tokens=12))[0]
     assert [*paused.token_ids, *second.token_ids] == whole
-    assert here.status().num_prefilled_tokens <= 70 and here.status().num_reprefilled_tokens == 0
-    page_bytes = 4 * TOKEN_BYTES
-    assert pool.asked == asked and weighed == [(75 - 68, 3 * page_bytes), (75, 19 * page_bytes)][: len(asked)]
-    for engine in (there, here):
-        engine.close()
+    there.close()
+    return here
 
 
 def test_prompts_longer_than_a_block_stay_with_their_siblings():
