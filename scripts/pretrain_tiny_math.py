@@ -21,7 +21,7 @@ import numpy as np
 import optax
 import tyro
 
-from seer_jax.config.schema import EngineConfig, RolloutConfig, RunConfig, SamplingConfig
+from seer_jax.config.schema import EngineConfig, RolloutConfig, RunConfig, SamplingConfig, TrainConfig
 from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.scheduling import make_policy
 from seer_jax.core.types import Sample

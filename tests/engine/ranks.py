@@ -8,14 +8,20 @@ import traceback
 import jax
 import numpy as np
 
-from seer_jax.config.schema import ShardingConfig, SpeculationConfig
+from seer_jax.config.schema import RolloutConfig, ShardingConfig, SpeculationConfig
+from seer_jax.core.driver import RolloutDriver
 from seer_jax.core.events import ChunkFinished
+from seer_jax.core.scheduling import make_policy
 from seer_jax.core.types import KVHandle, RequestChunk, SamplingParams
+from seer_jax.engine.cluster import LocalCluster
 from seer_jax.engine.engine import Engine
+from seer_jax.engine.rollout import RolloutRunner, RolloutStats
 from seer_jax.engine.step_times import get_step_times
+from seer_jax.kvpool import KVPool
 from seer_jax.sharding import make_mesh
 from tests.engine import tiny
 from tests.engine.test_engine import count_compilations
+from tests.engine.test_paused_kv import SharedPool
 
 MESH = ShardingConfig(**json.loads(sys.argv[1])) if __name__ == "__main__" else ShardingConfig()
 SMALL = dataclasses.replace(tiny.CONFIG, max_model_len=32, deterministic=True)
@@ -30,6 +36,7 @@ def make_engine(
     budget: str = "fixed",
     sharding: ShardingConfig = MESH,
     instance_id: int = 0,
+    kv_pool: KVPool | None = None,
     **changes: int,
 ) -> Engine:
     return Engine(
@@ -38,6 +45,7 @@ def make_engine(
         dataclasses.replace(SMALL, **changes),
         speculation=SpeculationConfig(mode=mode, max_draft_tokens=4, min_probability=0.0, budget=budget),
         instance_id=instance_id,
+        kv_pool=kv_pool,
         mesh=make_mesh(sharding, jax.devices()),
     )
 
@@ -153,6 +161,24 @@ def check_warmup() -> None:
 
     assert count_compilations(run_all) == 0
     assert engine.status().num_imported_tokens > 0
+
+
+def roll_out(engines: list[Engine]) -> RolloutStats:
+    settings = RolloutConfig(chunk_size=4, prefetch_chunks=0, starvation_interval=2)
+    runner = RolloutRunner(LocalCluster(engines), RolloutDriver(make_policy("seer", settings)))
+    stats = runner.run(tiny.groups(3, 4, SamplingParams(max_tokens=18, stop_token_ids=(1,), seed=5))).stats
+    runner.close()
+    return stats
+
+
+def check_rollout() -> None:
+    """Two instances whose ranks are short of pages share a pool: nothing is computed again."""
+    pool = SharedPool(1 << 24)
+    stats = roll_out([make_engine(instance_id=i, kv_pool=pool, num_pages=MESH.data * 13) for i in range(2)])
+    plain = roll_out([make_engine(sharding=ShardingConfig())])
+    assert stats.output_sha256 == plain.output_sha256
+    assert stats.imported_tokens > 0 and stats.saved_bytes > 0
+    assert stats.re_prefilled_tokens == stats.blocks_lost == pool.stats().num_blocks == 0
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")}
