@@ -38,7 +38,7 @@ def options_of(workload: Workload) -> dict[str, dict[str, Any]]:
     half, quarter = workload.chunk_size // 2, workload.chunk_size // 4
     posterior = {"length_estimator": "posterior"}
     trees_quarter = {SPECULATION: "grouped_tree", "chunk_size": quarter}
-    wide = {width: {WIDEN: width} for width in WIDTHS if can_widen(workload, width)}
+    wide = {width: {WIDEN: width} for width in _widths(workload)}
     return {
         "a_posterior": posterior,
         "b_half_chunk": {"chunk_size": half},
@@ -97,6 +97,11 @@ def with_options(name: str, options: Mapping[str, Any]) -> System:
     settings = {key: value for key, value in options.items() if key != WIDEN}
     speculation = settings.pop(SPECULATION, "grouped")
     return System(label=f"Seer + {name}", policy="seer", speculation=speculation, options=settings)
+
+
+def _widths(workload: Workload) -> list[int]:
+    """How many of its instances are joined."""
+    return [width for width in WIDTHS if can_widen(workload, width)]
 
 
 def _switched_on(options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -160,24 +165,21 @@ def _bounds(workload: Workload, requests: SimRequests, seer: SimResult, seed: in
     cheap = workload.with_values({"times.draft_overhead_s": 0.0, "times.draft_overhead_per_token_s": 0.0})
     runs["bound_e_drafts"] = [simulate(cheap, replace(trees, policy="seer"), requests, seed=seed)]
     of_verl = {}
-    for width in [width for width in WIDTHS if can_widen(workload, width)][:1]:
+    for width in _widths(workload)[:1]:
         room = widen(workload, width, faster_reads=False)
         runs[f"f_wide_{width}_room_only"] = [simulate(room, SYSTEMS["seer"], requests, seed=seed)]
-        verl, wide_verl = (
-            simulate(w, SYSTEMS["verl"], requests, seed=seed) for w in (workload, widen(workload, width))
-        )
-        of_verl[f"f_wide_{width}_verl"] = verl.rollout_time_s / wide_verl.rollout_time_s
+        clusters = (workload, widen(workload, width))
+        verl_s, wide_s = (simulate(w, SYSTEMS["verl"], requests, seed=seed).rollout_time_s for w in clusters)
+        of_verl[f"f_wide_{width}_verl"] = verl_s / wide_s
     bounds = {name: max(seer.rollout_time_s / run.rollout_time_s for run in found) for name, found in runs.items()}
     all_s = workload.num_instances * seer.rollout_time_s
-    return (
-        bounds
-        | of_verl
-        | {
-            "bound_work": seer.rollout_time_s / least_time_s(workload, requests),
-            "bound_no_tail": seer.rollout_time_s / (seer.rollout_time_s - seer.tail_time_s),
-            "bound_g_idle": 1 - seer.counters.busy_s / all_s,
-        }
-    )
+    return {
+        **bounds,
+        **of_verl,
+        "bound_work": seer.rollout_time_s / least_time_s(workload, requests),
+        "bound_no_tail": seer.rollout_time_s / (seer.rollout_time_s - seer.tail_time_s),
+        "bound_g_idle": 1 - seer.counters.busy_s / all_s,
+    }
 
 
 def least_time_s(workload: Workload, requests: SimRequests) -> float:

@@ -8,7 +8,6 @@ ranks of all of them wait for the fullest one, and tokens travel further to thei
 import numpy as np
 
 from seer_jax.core.errors import ConfigError
-from seer_jax.sim.hardware import CHIPS
 from seer_jax.sim.workloads import Workload
 
 USABLE_MEMORY = 0.9
@@ -44,13 +43,11 @@ def widen(workload: Workload, width: int, *, faster_reads: bool = True) -> Workl
     """
     if not can_widen(workload, width):
         raise ConfigError("width", f"is {width} with {workload.num_instances} instances", "a divisor of the instances")
-    chips = workload.chips_per_instance
-    values = workload.constants
-    weight_bytes = float(values["model.parameters"].value) * float(values["model.bytes_per_parameter"].value)
-    share = float(values["model.expert_share"].value)
+    chips, times, share = workload.chips_per_instance, workload.times, workload.times.expert_share
+    weight_bytes = times.parameters * times.bytes_per_parameter
     expert_bytes = weight_bytes * share / chips
     dense_bytes = weight_bytes * (1 - share) * workload.ranks_per_instance / chips
-    free_bytes = USABLE_MEMORY * CHIPS[workload.chip].memory_bytes - expert_bytes - dense_bytes
+    free_bytes = USABLE_MEMORY * times.chip.memory_bytes - expert_bytes - dense_bytes
     kv_share = workload.kv_bytes_per_rank * workload.ranks_per_instance / chips / free_bytes
     freed_bytes = expert_bytes * (1 - 1 / width) * chips / workload.ranks_per_instance
     before_s, after_s = np.interp([chips, chips * width], *workload.exchange_s_per_layer).tolist()
@@ -61,10 +58,10 @@ def widen(workload: Workload, width: int, *, faster_reads: bool = True) -> Workl
         "cluster.kv_bytes_per_rank": workload.kv_bytes_per_rank + min(1.0, kv_share) * freed_bytes,
         "cluster.max_num_seqs": workload.max_num_seqs * width,
         "cluster.transfer_bytes_per_s": workload.transfer_bytes_per_s * width,
-        "times.draft_overhead_per_token_s": workload.times.draft_overhead_per_token_s / width,
-        "times.step_overhead_s": workload.times.step_overhead_s + workload.exchange_layers * (after_s - before_s),
+        "times.draft_overhead_per_token_s": times.draft_overhead_per_token_s / width,
+        "times.step_overhead_s": times.step_overhead_s + workload.exchange_layers * (after_s - before_s),
     }
     if not faster_reads:  # As many bytes more as there are chips more.
-        changes["model.parameters"] = workload.times.parameters * (1 - share + width * share)
+        changes["model.parameters"] = times.parameters * (1 - share + width * share)
         changes["model.expert_share"] = width * share / (1 - share + width * share)
     return workload.with_values(changes, note=f"{width} instances joined")
