@@ -131,12 +131,12 @@ def measure_case(case: Case, limits: Limits) -> list[dict[str, Any]]:
             row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
             continue
         row |= {
-            "us": round(times[name] * 1e6, 2),
+            "us": float(f"{times[name] * 1e6:.4g}"),
             "gb_per_s": round(case.num_bytes / times[name] / 1e9, 2),
             "tflop_per_s": round(case.flops / times[name] / 1e12, 4),
             "bound": "memory" if memory_s >= compute_s else "compute",
-            "bound_us": round(max(memory_s, compute_s) * 1e6, 3),
-            "fraction_of_bound": round(max(memory_s, compute_s) / times[name], 4),
+            "bound_us": float(f"{max(memory_s, compute_s) * 1e6:.4g}"),
+            "fraction_of_bound": float(f"{max(memory_s, compute_s) / times[name]:.4g}"),
         }
         other = list(case.implementations)[-1]
         if name != other and other in times:
