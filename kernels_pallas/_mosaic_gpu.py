@@ -26,16 +26,16 @@ def slabs(shape: tuple[int, ...], dtype: DTypeLike = jnp.bfloat16):
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def divide_registers(multiplying: int, is_copying: bool) -> None:
-    """Move registers from the warpgroup that copies to those that multiply; each calls this first.
+def divide_registers(computing: int, is_copying: bool) -> None:
+    """Move registers from the warpgroup that copies to those that compute; each calls this first.
 
     Args:
-        multiplying: Warpgroups that multiply beside one that copies. One alone has as many as a thread can have.
+        computing: Warpgroups that compute beside one that copies. One alone has as many as a thread can have.
         is_copying: Whether the caller is the one that copies.
     """
-    if multiplying > 1:
-        launched = 65_536 // (128 * (multiplying + 1)) // 8 * 8
-        left = (launched * (multiplying + 1) - COPY_REGISTERS) // multiplying // 8 * 8
+    if computing > 1:
+        launched = 65_536 // (128 * (computing + 1)) // 8 * 8
+        left = (launched * (computing + 1) - COPY_REGISTERS) // computing // 8 * 8
         if is_copying:
             plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
         else:
@@ -53,16 +53,18 @@ def with_layout(x: jax.Array, layout, interpret) -> jax.Array:
     return x if interpret else plgpu.layout_cast(x, layout)
 
 
-def upcast(source, target, interpret) -> None:
-    """Copy a matrix from float8 to bfloat16, in which its values are exact; both in shared memory.
+def upcast(source, target, interpret, scale: jax.Array | None = None) -> None:
+    """Copy a matrix from float8 to bfloat16, both in shared memory.
 
     Args:
         source: Reference to float8_e4m3fn [64, k].
         target: Reference to bfloat16 [64, k].
         interpret: As in `with_layout`.
+        scale: A float32 to multiply by before rounding; with None the values stay exact.
     """
     values = source[...] if interpret else plgpu.load(source, (), layout=plgpu.Layout.WGMMA_UPCAST_2X)
-    target[...] = values.astype(jnp.float32).astype(jnp.bfloat16)  # Hopper has no direct conversion.
+    values = values.astype(jnp.float32)  # Hopper has no direct conversion.
+    target[...] = (values if scale is None else values * scale).astype(jnp.bfloat16)
 
 
 def multiply_transposed(a, b, interpret) -> jax.Array:

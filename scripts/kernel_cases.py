@@ -194,7 +194,7 @@ def grouped_mlp_case(
         shape=f"T={tokens} M={model} E={here}{words} K={chosen} F={ffn} "
         + (FLOAT8.name if is_quantised else dtype)
         + (" with gradient" if has_gradient else ""),
-        implementations=_those_that_count(platform, GROUPED_MLP, but="pallas_gpu" if is_quantised else None),
+        implementations=_those_that_count(platform, GROUPED_MLP),
         call=_gradient if has_gradient else lambda function, *arrays: function(*arrays),
         feed=lambda x, out: x + ((1e-9 if has_gradient else 1e-3) * out).astype(x.dtype),
         make_arrays=make_arrays,
@@ -282,10 +282,10 @@ def _size(dtype: str) -> int:
     return jnp.dtype(dtype).itemsize
 
 
-def _those_that_count(platform: str, implementations: dict[str, Callable], but: str | None = None) -> dict:
+def _those_that_count(platform: str, implementations: dict[str, Callable]) -> dict[str, Callable]:
     """On a CPU `xla` beside `reference`, elsewhere the platform's own kernel, if there is one, beside `xla`."""
     names = ("xla", "reference") if platform == "cpu" else (PREFERRED[platform], "xla")
-    return {name: implementations[name] for name in names if name in implementations and name != but}
+    return {name: implementations[name] for name in names if name in implementations}
 
 
 def _normal(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:

@@ -21,22 +21,21 @@ def why_not_pallas_tpu(x, gate_up, down, gate_up_scale=None) -> str | None:
     """
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"tokens are {x.dtype}, not float32 or bfloat16"
-    expected = x.dtype if gate_up_scale is None else QUANTISED
-    for weights in (gate_up, down):
-        if weights.dtype != expected:
-            return f"experts are {weights.dtype}, not {jnp.dtype(expected)}"
-    return _why_not_widths(down)
+    return _why_not_experts(x, gate_up, down, gate_up_scale)
 
 
 def why_not_pallas_gpu(x, gate_up, down, gate_up_scale=None) -> str | None:
     """Say why the GPU kernels cannot serve these shapes, or None if they can; arguments as in `why_not_pallas_tpu`."""
-    for what, array in (("tokens", x), ("experts", gate_up), ("experts", down)):
-        if array.dtype != jnp.bfloat16:
-            return f"{what} are {array.dtype}, not bfloat16"
-    return _why_not_widths(down)
+    if x.dtype != jnp.bfloat16:
+        return f"tokens are {x.dtype}, not bfloat16"
+    return _why_not_experts(x, gate_up, down, gate_up_scale)
 
 
-def _why_not_widths(down) -> str | None:
+def _why_not_experts(x, gate_up, down, gate_up_scale) -> str | None:
+    expected = x.dtype if gate_up_scale is None else QUANTISED
+    for weights in (gate_up, down):
+        if weights.dtype != expected:
+            return f"experts are {weights.dtype}, not {jnp.dtype(expected)}"
     _, ffn, model = down.shape
     for width, what in ((model, "the model"), (ffn, "an expert")):
         if width % LANES:
