@@ -103,6 +103,9 @@ class EngineConfig:
     kv_dtype: Literal["auto", "float8_e4m3fn"] = "auto"
     """Type of the KV cache. `auto`: `model.dtype`. `float8_e4m3fn`: half of bfloat16's bytes, on the device, in the
     pool and on the way; what attention reads is rounded, so a policy of other, less exact logits is sampled."""
+    kernels: Literal["auto", "xla", "pallas_tpu", "pallas_gpu", "reference"] = "auto"
+    """What computes attention, experts and draws. `auto`: the best that is known of the platform (`seer-jax doctor`).
+    One that is named serves or is refused; `reference` is for comparison, slow."""
     max_prefill_tokens: int = 256
     """Prompt tokens computed per step at most, beside the decoding rows, on all ranks."""
     prefill_tile: int = 16

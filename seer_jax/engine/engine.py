@@ -24,7 +24,7 @@ from seer_jax.core.step_shapes import StepBuckets, StepShape
 from seer_jax.core.types import InstanceInfo, InstanceStatus, KVHandle, RequestChunk, RequestId
 from seer_jax.engine.kv_blocks import BlockLayout
 from seer_jax.engine.kv_transfer import HostKV, KVTransfer
-from seer_jax.engine.parallel import count_ranks, place
+from seer_jax.engine.parallel import count_ranks, name_implementation, place
 from seer_jax.engine.paused_kv import PausedKV
 from seer_jax.engine.step import make_step
 from seer_jax.engine.step_times import StepPrograms, get_step_times
@@ -75,10 +75,11 @@ class Engine:
 
         Raises:
             ConfigError: If the model does not divide over the mesh, or has no experts whose ids could be returned; if
-                slots or pages do not divide over its ranks.
+                slots or pages do not divide over its ranks; if the kernels are of another platform.
             CapacityError: If one request can never fit in the pages of a rank.
         """
         self.model_config, self.config = model_config, config
+        self._implementation = name_implementation(config.kernels, jax.default_backend())
         num_ranks = count_ranks(mesh)
         if num_ranks > 1:
             check_ranks(config, num_ranks)
@@ -281,6 +282,7 @@ class Engine:
 
     def programs(self, *, truncates: bool) -> StepPrograms:
         """The programs for requests that truncate, or do not, to be timed."""
+        settings = self.config.kernels, self.config.kv_dtype
         return StepPrograms(
             launch=self.launch,
             buckets=self.buckets,
@@ -288,13 +290,14 @@ class Engine:
             max_model_len=self.info.max_model_len,
             page_size=self.info.page_size,
             max_steps=self.config.max_steps_per_dispatch,
-            facts=(self.model_config, self.params["embed"].dtype, self.config.kv_dtype, len(self._caches[0].devices())),
+            facts=(self.model_config, self.params["embed"].dtype, *settings, len(self._caches[0].devices())),
         )
 
     def launch(self, shape: StepShape, packed: np.ndarray) -> np.ndarray:
         """Run a program on packed inputs (`core.packing`); returns its output on the host."""
         max_steps = self.config.max_steps_per_dispatch
-        step = make_step(self.model_config, shape, max_steps=max_steps, mesh=self._mesh)
+        named = self._implementation
+        step = make_step(self.model_config, shape, max_steps=max_steps, mesh=self._mesh, implementation=named)
         launched = time.perf_counter()
         self._caches, outputs = step(self.params, self._caches, packed)
         outputs = np.asarray(outputs)

@@ -20,9 +20,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool
 
+from kernels_pallas._dispatch import PREFERRED
 from kernels_pallas.grouped_matmul import expert_parallel_mlp, grouped_mlp
 from kernels_pallas.mla_attention import mla_attention
 from kernels_pallas.tree_verify import Draws, tree_verify
+from seer_jax.core.errors import ConfigError
 from seer_jax.models.config import DecoderConfig
 from seer_jax.models.moe import ExpertMLP
 from seer_jax.models.specs import decoder_specs, float8_experts_in
@@ -101,26 +103,26 @@ def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> Parall
 
     Returns:
         Operations to be traced under `jax.jit`, and `on_each_rank`; on a mesh their results are what one device
-        computes, but for the rounding of the sum over devices.
+        computes, but for the rounding of the sum over devices. Tracing raises ConfigError where the implementation that
+        was named cannot serve.
     """
+    named = partial(_named, implementation=implementation)
     if mesh is None:
-        whole = (mla_attention, grouped_mlp, tree_verify)
-        return ParallelOps(*(partial(operation, implementation=implementation) for operation in whole), lambda x: x)
+        return ParallelOps(named(mla_attention), named(grouped_mlp), named(tree_verify), lambda x: x)
     has_ranks = count_ranks(mesh) > 1
     where = {"axis_names": set(WITHIN_RANK)} if has_ranks else {"mesh": mesh}
     shard = partial(jax.shard_map, **where, check_vma=False)  # Kernels do not say over which axes results vary.
     everywhere, heads = PartitionSpec(), WHOLE_EXPERTS.partition_spec((None, None, "heads", None))
 
     def attention(q: Array, *arrays: Array, **options: Any) -> Array:
-        attend = partial(mla_attention, implementation=implementation, **options)
+        attend = partial(named(mla_attention), **options)
         return shard(attend, in_specs=(heads,) + (everywhere,) * len(arrays), out_specs=heads)(q, *arrays)
 
     mlp = partial(
-        expert_parallel_mlp,
+        named(expert_parallel_mlp),
         axis_name=WHOLE_EXPERTS.experts,
         tokens_are_sharded=has_ranks,
         exchange="padded" if mesh.devices.flat[0].platform == "cpu" else "ragged",
-        implementation=implementation,
     )
     experts = PartitionSpec(WITHIN_RANK)
     run_mlp = _divide_tokens(mlp) if has_ranks else mlp
@@ -129,7 +131,7 @@ def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> Parall
         in_specs = (everywhere,) * 3 + (experts,) * (len(arrays) - 3)
         return shard(run_mlp, in_specs=in_specs, out_specs=everywhere)(*arrays)
 
-    draw = partial(tree_verify, axis_name=WHOLE_EXPERTS.vocab, implementation=implementation)
+    draw = partial(named(tree_verify), axis_name=WHOLE_EXPERTS.vocab)
     head = WHOLE_EXPERTS.partition_spec((None, "vocab"))
     return ParallelOps(
         attention=attention,
@@ -137,6 +139,31 @@ def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> Parall
         draw=shard(draw, in_specs=(everywhere, head) + (everywhere,) * 3, out_specs=everywhere),
         on_any_rank=(lambda x: jax.lax.psum(x.astype(jnp.int32), RANKS) > 0) if has_ranks else (lambda x: x),
     )
+
+
+def name_implementation(kernels: str, platform: str) -> str | None:
+    """Turn `engine.kernels` into the name of an implementation; None chooses.
+
+    Raises:
+        ConfigError: If it is of another platform.
+    """
+    if kernels in PREFERRED.values() and kernels != PREFERRED.get(platform):
+        raise ConfigError("engine.kernels", f"{kernels} does not run on a {platform}", "give auto or xla")
+    return None if kernels == "auto" else kernels
+
+
+def _named(operation: Callable[..., Any], *, implementation: str | None) -> Callable[..., Any]:
+    """Let one implementation serve; why it does not is the user's to know, who named it."""
+
+    def run(*arrays: Array, **options: Any) -> Any:
+        try:
+            return operation(*arrays, implementation=implementation, **options)
+        except ValueError as error:
+            if implementation is None:
+                raise
+            raise ConfigError("engine.kernels", str(error), "give auto or xla") from error
+
+    return run
 
 
 def _divide_tokens(mlp: ExpertMLP) -> ExpertMLP:

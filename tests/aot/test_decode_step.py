@@ -228,7 +228,7 @@ def test_kimi_k2_with_float8_experts_and_caches_has_half_of_their_bytes_and_send
 
 @pytest.mark.slow
 def test_all_of_kimi_k2_fits_64_v5p_chips():
-    """61 layers, one after the other: ten minutes of two busy cores."""
+    """61 layers, one after the other: two minutes of two cores."""
     text, compiled = KIMI_K2_STEP.compile()
     check_kernels_and_memory(KIMI_K2_STEP, text, compiled)
     assert count_collectives(compiled) == expected_collectives(KIMI_K2_STEP)
