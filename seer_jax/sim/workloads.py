@@ -51,9 +51,11 @@ class Workload:
         if self.constants["model.experts_per_token"].value > self.constants["model.num_experts"].value:
             raise ConfigError("model.experts_per_token", "is above model.num_experts", "0 and 0 for a dense model")
         chips, seconds = self.exchange_s_per_layer
-        if len(chips) != len(seconds) or list(chips) != sorted(set(chips)):
+        if len(chips) != len(seconds):
             problem = f"has {len(chips)} values, exchange.seconds_per_layer has {len(seconds)}"
-            raise ConfigError("exchange.chips", problem, "as many of both, chips ascending")
+            raise ConfigError("exchange.chips", problem, "as many of both")
+        if list(chips) != sorted(set(chips)):
+            raise ConfigError("exchange.chips", f"is {list(chips)}", "ascending, none twice")
         _ = self.lengths, self.speculation  # They check themselves.
 
     @cached_property

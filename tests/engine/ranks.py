@@ -101,6 +101,19 @@ def check_trees() -> None:
     verify_drafts("grouped_tree")
 
 
+def check_expert_ids() -> None:
+    """Those of one device, of requests on either rank, whether a plain step or a verification drew the token."""
+    chunks = [tiny.chunk(tiny.prompt(i // 2, 9), index=i, sampling=COLD, max_tokens=16) for i in range(5)]
+    engines = make_engine("grouped_tree", expert_ids=True), make_engine(sharding=ShardingConfig(), expert_ids=True)
+    on_ranks, on_one = (run(engine, chunks) for engine in engines)
+    for i, expected in on_one.items():
+        assert on_ranks[i].token_ids.tolist() == expected.token_ids.tolist()
+        assert expected.expert_ids.shape == (16, 1, tiny.MODEL.num_experts_per_tok)
+        np.testing.assert_array_equal(np.sort(on_ranks[i].expert_ids), np.sort(expected.expert_ids))
+    assert len(np.unique(np.concatenate([event.expert_ids for event in on_one.values()]))) > 2
+    assert engines[0].status().num_accepted_tokens > 0
+
+
 def check_preemption() -> None:
     """Of the youngest of a rank whose pages run out."""
     engine = make_engine(num_pages=MESH.data * 13)  # 12 usable on a rank: two requests of 29 tokens need 16.

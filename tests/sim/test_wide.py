@@ -85,7 +85,9 @@ def test_what_cannot_be_joined_is_refused(workload, width):
         widen(workload, width)
 
 
-@pytest.mark.parametrize("chips", [(1, 8), (8, 1, 16, 32, 64, 128, 256)])
-def test_a_table_of_exchanges_that_does_not_fit_is_named(chips):
-    with pytest.raises(ConfigError, match=r"exchange\.chips"):
+@pytest.mark.parametrize(
+    ("chips", "problem"), [((1, 8), "has 2 values"), (KIMI.exchange_s_per_layer[0][::-1], "is .*ascending")]
+)
+def test_a_table_of_exchanges_that_does_not_fit_is_named(chips, problem):
+    with pytest.raises(ConfigError, match=rf"exchange\.chips: {problem}"):
         KIMI.with_values({"exchange.chips": chips})
