@@ -5,6 +5,7 @@ import math
 import re
 import time
 from collections import Counter
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,12 @@ MOONLIGHT = dataclasses.replace(
 SLOTS, PAGE = 64, 64
 HBM = {"v5p": 95e9, "v6e": 32e9, "h200": 141e9}
 """Bytes of a chip."""
+OTHER_PROGRAMS = {
+    "prompts beside decoding": {"num_tiles": 16, "tile": 16},
+    "verified trees": {"num_rows": 0, "num_tiles": SLOTS, "tile": 4, "max_depth": 8, "has_trees": True},
+    "top-k and top-p": {"truncates": True},
+}
+"""What else an engine runs, as differences to plain decoding (`Deployment.program`)."""
 KERNEL_CALLS = {"pallas_tpu": "tpu_custom_call", "pallas_gpu": "mosaic_gpu_v2"}
 """How a kernel is called in a lowered program."""
 
@@ -59,6 +66,8 @@ class Deployment:
     data: int = 1
     is_float8: bool = False
     """Cache and routed experts."""
+    program: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """What its step's shape has other than that of plain decoding."""
 
     @property
     def num_chips(self) -> int:
@@ -71,7 +80,8 @@ class Deployment:
     @property
     def shape(self) -> StepShape:
         slots = SLOTS // self.data
-        return StepShape(num_requests=slots, num_rows=slots, num_tiles=0, tile=1, num_pages=self.context // PAGE)
+        decode = StepShape(num_requests=slots, num_rows=slots, num_tiles=0, tile=1, num_pages=self.context // PAGE)
+        return dataclasses.replace(decode, **self.program)
 
     def arguments(self):
         """The mesh, and the step's arguments as they lie on it: weights, caches, packed requests."""
@@ -143,15 +153,22 @@ def count_collectives(compiled: jax.stages.Compiled) -> Counter[tuple[str, int]]
 
 
 def check_kernels_and_memory(deployment: Deployment, text: str, compiled: jax.stages.Compiled) -> None:
-    """Attention in every layer, two kernels in every MoE layer, one that draws; arguments as counted; no logits."""
-    layers, generation = deployment.model.num_hidden_layers, deployment.topology.split(":")[0]
+    """Attention in every layer, two kernels in every MoE layer, and one that draws; arguments as counted; no logits.
+
+    Rows and tiles attend apart. Top-k and top-p need logits: themselves, in order, and summed up.
+    """
+    layers, generation, shape = deployment.model.num_hidden_layers, deployment.topology.split(":")[0], deployment.shape
     moe_layers = layers - deployment.model.first_k_dense_replace
-    assert text.count(f"custom_call @{KERNEL_CALLS[deployment.implementation]}") == layers + 2 * moe_layers + 1
+    attention = layers * ((shape.num_rows > 0) + (shape.num_tiles > 0))
+    num_kernels = attention + 2 * moe_layers + (not shape.truncates)
+    assert text.count(f"custom_call @{KERNEL_CALLS[deployment.implementation]}") == num_kernels
     memory, counted = compiled.memory_analysis(), deployment.count_argument_bytes()
     assert counted <= memory.argument_size_in_bytes < 1.01 * counted
     # What libtpu keeps of each layer, measured 6 MB for Kimi-K2 and 2 MB for Moonlight; of a GPU's, what kernels of one
     # layer gather, 69 MB and 31.
-    assert memory.temp_size_in_bytes < (80e6 if deployment.topology == "h200" else 32e6 + 8e6 * layers)
+    expected = 80e6 if deployment.topology == "h200" else 32e6 + 8e6 * layers
+    logits = shape.truncates * 3 * 4 * shape.num_requests * deployment.model.vocab_size
+    assert memory.temp_size_in_bytes < expected + logits
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 0.9 * HBM[generation]
     # Caches are written in place.
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 2**20

@@ -13,6 +13,7 @@ from tests.aot.deployments import (
     HBM,
     KIMI_K2,
     MOONLIGHT,
+    OTHER_PROGRAMS,
     SLOTS,
     Deployment,
     check_kernels_and_memory,
@@ -88,3 +89,11 @@ def test_more_than_a_chip_holds_is_refused_so_the_limit_is_enforced():
     assert too_large.count_argument_bytes() > HBM["v6e"]
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         too_large.compile()
+
+
+@pytest.mark.parametrize("program", OTHER_PROGRAMS)
+def test_the_other_programs_of_an_engine_compile_too(program):
+    """Not their texts: jaxlib cannot read what libtpu writes of some asynchronous operations."""
+    deployment = dataclasses.replace(with_layers(MOONLIGHT_STEP, 2), program=OTHER_PROGRAMS[program])
+    text, compiled = deployment.compile()
+    check_kernels_and_memory(deployment, text, compiled)

@@ -7,6 +7,7 @@ import pytest
 from tests.aot.deployments import (
     KIMI_K2,
     MOONLIGHT,
+    OTHER_PROGRAMS,
     SLOTS,
     Deployment,
     check_kernels_and_memory,
@@ -45,3 +46,11 @@ def test_layers_of_kimi_k2_send_what_is_counted(is_float8):
     text, compiled = deployment.compile()
     check_kernels_and_memory(deployment, text, compiled)
     assert count_collectives(compiled) == expected_collectives(deployment)
+
+
+@pytest.mark.parametrize("program", OTHER_PROGRAMS)
+def test_the_other_programs_of_an_engine_compile_too(program):
+    deployment = dataclasses.replace(with_layers(MOONLIGHT_STEP, 2), program=OTHER_PROGRAMS[program])
+    text, compiled = deployment.compile()
+    check_kernels_and_memory(deployment, text, compiled)
+    assert count_collectives(compiled) == {("all-reduce", deployment.shape.num_tokens * 2048 * 2): 1}
