@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 
@@ -12,8 +12,52 @@ F = TypeVar("F", bound=Callable)
 PREFERRED = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 """What serves a platform where it exists; elsewhere, and without it, the first implementation does."""
 
+HOPPER = "9.0"
+"""Compute capability of the GPUs that have wgmma, which `pallas_gpu` multiplies with."""
+
 UNMEASURED = {"pallas_gpu"}
 """What serves only by name, until it has run on its platform and been faster than the first implementation."""
+
+
+class KernelRefusedError(ValueError):
+    """An implementation that was named cannot serve a call."""
+
+
+def check_served(kernel: str, implementation: str, refusal: str | None) -> None:
+    """Raise what a named implementation says that cannot serve.
+
+    Args:
+        kernel: Name of the kernel.
+        implementation: Its implementation.
+        refusal: Why it cannot serve this call, in a few words; None if it can.
+
+    Raises:
+        KernelRefusedError: If there is a reason.
+    """
+    if refusal is not None:
+        raise KernelRefusedError(f"{kernel}: {implementation} cannot serve this call: {refusal}")
+
+
+@runtime_checkable
+class Device(Protocol):
+    """What is asked of a `jax.Device`; those of a GPU have a `compute_capability` too."""
+
+    platform: str
+    device_kind: str
+
+
+def why_not_device(implementation: str, device: Device) -> str | None:
+    """Say why an implementation does not run on a device, or None if it does.
+
+    Args:
+        implementation: Its name.
+        device: The device.
+    """
+    if implementation in PREFERRED.values() and implementation != PREFERRED.get(device.platform):
+        return f"{implementation} does not run on a {device.platform}"
+    if implementation == "pallas_gpu" and (chip := getattr(device, "compute_capability", None)) != HOPPER:
+        return f"pallas_gpu is for GPUs of compute capability {HOPPER} (Hopper), {device.device_kind} has {chip}"
+    return None
 
 
 class Choice(NamedTuple):

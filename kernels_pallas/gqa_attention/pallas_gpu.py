@@ -1,5 +1,6 @@
 """Paged grouped-query attention for Hopper: the kernel of `_paged.gpu`, with the cache of `layout`."""
 
+from kernels_pallas._dispatch import check_served
 from kernels_pallas._paged.gpu import attend_pages
 from kernels_pallas.gqa_attention.layout import count_kv_heads, why_not_pallas_gpu
 
@@ -21,10 +22,9 @@ def gqa_attention_pallas_gpu(q, cache, block_tables, limits, tree_start, tree_ma
         As there.
 
     Raises:
-        ValueError: If the kernel cannot serve these shapes (`why_not_pallas_gpu`).
+        KernelRefusedError: If the kernel cannot serve these shapes (`why_not_pallas_gpu`).
     """
-    if (reason := why_not_pallas_gpu(q, cache)) is not None:
-        raise ValueError(f"gqa_attention: pallas_gpu cannot serve this call: {reason}")
+    check_served("gqa_attention", "pallas_gpu", why_not_pallas_gpu(q, cache))
     return attend_pages(
         q,
         cache,

@@ -6,6 +6,7 @@ the beginning of the value, and sums are taken over whole registers, and cut her
 
 import jax.numpy as jnp
 
+from kernels_pallas._dispatch import check_served
 from kernels_pallas._paged.layout import LANES, pad_to_lanes
 from kernels_pallas._paged.tpu import attend_pages
 from kernels_pallas.gqa_attention.layout import count_kv_heads, why_not_pallas_tpu
@@ -28,10 +29,9 @@ def gqa_attention_pallas_tpu(q, cache, block_tables, limits, tree_start, tree_ma
         As there.
 
     Raises:
-        ValueError: If the kernel cannot serve these shapes (`why_not_pallas_tpu`).
+        KernelRefusedError: If the kernel cannot serve these shapes (`why_not_pallas_tpu`).
     """
-    if (reason := why_not_pallas_tpu(q, cache)) is not None:
-        raise ValueError(f"gqa_attention: pallas_tpu cannot serve this call: {reason}")
+    check_served("gqa_attention", "pallas_tpu", why_not_pallas_tpu(q, cache))
     head_dim = q.shape[3]
     value_start = head_dim // LANES * LANES
     out = attend_pages(

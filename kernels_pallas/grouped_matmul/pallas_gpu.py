@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas._dispatch import check_served
 from kernels_pallas._mosaic_gpu import SLAB, WGMMA_ROWS, divide_registers, slabs, upcast
 from kernels_pallas.grouped_matmul.blocks import BLOCK
 from kernels_pallas.grouped_matmul.layout import why_not_pallas_gpu
@@ -58,10 +59,9 @@ def grouped_mlp_pallas_gpu(
         As there.
 
     Raises:
-        ValueError: If the kernels cannot serve these shapes (`why_not_pallas_gpu`), or a gradient is asked for.
+        KernelRefusedError: If the kernels cannot serve these shapes (`why_not_pallas_gpu`), or a gradient is asked for.
     """
-    if (reason := why_not_pallas_gpu(x, gate_up, down, gate_up_scale)) is not None:
-        raise ValueError(f"grouped_mlp: pallas_gpu cannot serve this call: {reason}")
+    check_served("grouped_mlp", "pallas_gpu", why_not_pallas_gpu(x, gate_up, down, gate_up_scale))
 
     @jax.custom_vjp
     def run(x, expert_weights, gate_up, down):

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas._dispatch import check_served
 from kernels_pallas.grouped_matmul.blocks import BLOCK
 from kernels_pallas.grouped_matmul.layout import LANES, why_not_pallas_tpu
 from kernels_pallas.grouped_matmul.xla import Tiles, plan_tiles
@@ -130,10 +131,9 @@ def grouped_mlp_pallas_tpu(
         As there.
 
     Raises:
-        ValueError: If the kernels cannot serve these shapes (`why_not_pallas_tpu`), or a gradient is asked for.
+        KernelRefusedError: If the kernels cannot serve these shapes (`why_not_pallas_tpu`), or a gradient is asked for.
     """
-    if (reason := why_not_pallas_tpu(x, gate_up, down, gate_up_scale)) is not None:
-        raise ValueError(f"grouped_mlp: pallas_tpu cannot serve this call: {reason}")
+    check_served("grouped_mlp", "pallas_tpu", why_not_pallas_tpu(x, gate_up, down, gate_up_scale))
     num_experts = gate_up.shape[0]
     if num_cores is None:
         num_cores = 1 if interpret else pltpu.get_tpu_info().num_cores

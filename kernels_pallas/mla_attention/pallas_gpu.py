@@ -1,5 +1,6 @@
 """Paged latent attention for Hopper: the kernel of `_paged.gpu` with one KV head, whose value begins its key."""
 
+from kernels_pallas._dispatch import check_served
 from kernels_pallas._paged.gpu import attend_pages
 from kernels_pallas.mla_attention.layout import why_not_pallas_gpu
 
@@ -24,10 +25,9 @@ def mla_attention_pallas_gpu(
         As there.
 
     Raises:
-        ValueError: If the kernel cannot serve these shapes (`why_not_pallas_gpu`).
+        KernelRefusedError: If the kernel cannot serve these shapes (`why_not_pallas_gpu`).
     """
-    if (reason := why_not_pallas_gpu(q, cache, value_width)) is not None:
-        raise ValueError(f"mla_attention: pallas_gpu cannot serve this call: {reason}")
+    check_served("mla_attention", "pallas_gpu", why_not_pallas_gpu(q, cache, value_width))
     return attend_pages(
         q,
         cache,

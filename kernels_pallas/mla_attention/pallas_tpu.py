@@ -11,6 +11,7 @@ maxima and sums 3 + scores and weighted values of a block 3 + spills 0.5 = 11.6 
 
 import jax.numpy as jnp
 
+from kernels_pallas._dispatch import check_served
 from kernels_pallas._paged.tpu import attend_pages
 from kernels_pallas.mla_attention.layout import why_not_pallas_tpu
 
@@ -35,10 +36,9 @@ def mla_attention_pallas_tpu(
         As there.
 
     Raises:
-        ValueError: If the kernel cannot serve these shapes (`why_not_pallas_tpu`).
+        KernelRefusedError: If the kernel cannot serve these shapes (`why_not_pallas_tpu`).
     """
-    if (reason := why_not_pallas_tpu(q, cache)) is not None:
-        raise ValueError(f"mla_attention: pallas_tpu cannot serve this call: {reason}")
+    check_served("mla_attention", "pallas_tpu", why_not_pallas_tpu(q, cache))
     return attend_pages(
         jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, cache.shape[2] - q.shape[3]))),
         cache,

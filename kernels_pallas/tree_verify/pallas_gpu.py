@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas._dispatch import check_served
 from kernels_pallas._mosaic_gpu import (
     BY_ROW,
     LAYOUT,
@@ -54,10 +55,9 @@ def tree_verify_pallas_gpu(
             noise takes of them; tests take more, whose unrolled code is shorter.
 
     Raises:
-        ValueError: If the kernel cannot serve these shapes.
+        KernelRefusedError: If the kernel cannot serve these shapes.
     """
-    if (reason := why_not_pallas_gpu(hidden, head)) is not None:
-        raise ValueError(f"tree_verify: pallas_gpu cannot serve this call: {reason}")
+    check_served("tree_verify", "pallas_gpu", why_not_pallas_gpu(hidden, head))
     num_rows, vocab = hidden.shape[0], head.shape[1]
     warpgroups = min(-(-num_rows // WGMMA_ROWS), MAX_WARPGROUPS)
     row_block = warpgroups * WGMMA_ROWS

@@ -117,21 +117,22 @@ def _measure_compilation_cache() -> dict[str, Any]:
 
 
 def _list_kernels() -> dict[str, str]:
-    """Say which implementation serves each operation here when none is named, why, and which can be named."""
+    """Say which implementation serves each operation here when none is named, why, and which others run here."""
     import jax
 
     import kernels_pallas
-    from kernels_pallas._dispatch import choose
+    from kernels_pallas._dispatch import choose, why_not_device
 
-    kernels = {}
+    kernels, device = {}, jax.devices()[0]
     for module in pkgutil.iter_modules(kernels_pallas.__path__):
         if module.ispkg and not module.name.startswith("_"):
             api = importlib.import_module(f"kernels_pallas.{module.name}.api")
             for table, implementations in vars(api).items():
                 if table.endswith("IMPLEMENTATIONS"):
                     operation = f"{module.name}_{table.lower()}".removesuffix("_implementations")
-                    choice = choose(implementations, jax.default_backend())
-                    others = ", ".join(name for name in implementations if name != choice.name)
+                    choice = choose(implementations, device.platform)
+                    here = [name for name in implementations if why_not_device(name, device) is None]
+                    others = ", ".join(name for name in here if name != choice.name)
                     kernels[operation] = f"{choice.name} ({choice.reason}; can be named: {others})"
     return kernels
 

@@ -105,7 +105,8 @@ class EngineConfig:
     pool and on the way; what attention reads is rounded, so a policy of other, less exact logits is sampled."""
     kernels: Literal["auto", "xla", "pallas_tpu", "pallas_gpu", "reference"] = "auto"
     """What computes attention, experts and draws. `auto`: the best that is known of the platform (`seer-jax doctor`).
-    One that is named serves or is refused; `reference` is for comparison, slow."""
+    One that is named serves or is refused; `reference` is for comparison, slow. Cache writes, draws with top-k or top-p
+    and those of the deterministic mode are plain XLA whatever stands here."""
     max_prefill_tokens: int = 256
     """Prompt tokens computed per step at most, beside the decoding rows, on all ranks."""
     prefill_tile: int = 16

@@ -75,11 +75,13 @@ class Engine:
 
         Raises:
             ConfigError: If the model does not divide over the mesh, or has no experts whose ids could be returned; if
-                slots or pages do not divide over its ranks; if the kernels are of another platform.
+                slots or pages do not divide over its ranks; if the kernels do not run on these devices.
             CapacityError: If one request can never fit in the pages of a rank.
         """
         self.model_config, self.config = model_config, config
-        self._implementation = name_implementation(config.kernels, jax.default_backend())
+        self._implementation = name_implementation(
+            config.kernels, jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        )
         num_ranks = count_ranks(mesh)
         if num_ranks > 1:
             check_ranks(config, num_ranks)

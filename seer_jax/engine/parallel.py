@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool
 
-from kernels_pallas._dispatch import PREFERRED
+from kernels_pallas._dispatch import KernelRefusedError, why_not_device
 from kernels_pallas.grouped_matmul import expert_parallel_mlp, grouped_mlp
 from kernels_pallas.mla_attention import mla_attention
 from kernels_pallas.tree_verify import Draws, tree_verify
@@ -141,14 +141,14 @@ def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> Parall
     )
 
 
-def name_implementation(kernels: str, platform: str) -> str | None:
+def name_implementation(kernels: str, device: jax.Device) -> str | None:
     """Turn `engine.kernels` into the name of an implementation; None chooses.
 
     Raises:
-        ConfigError: If it is of another platform.
+        ConfigError: If it does not run on such a device.
     """
-    if kernels in PREFERRED.values() and kernels != PREFERRED.get(platform):
-        raise ConfigError("engine.kernels", f"{kernels} does not run on a {platform}", "give auto or xla")
+    if (reason := why_not_device(kernels, device)) is not None:
+        raise ConfigError("engine.kernels", reason, "give auto or xla")
     return None if kernels == "auto" else kernels
 
 
@@ -158,10 +158,8 @@ def _named(operation: Callable[..., Any], *, implementation: str | None) -> Call
     def run(*arrays: Array, **options: Any) -> Any:
         try:
             return operation(*arrays, implementation=implementation, **options)
-        except ValueError as error:
-            if implementation is None:
-                raise
-            raise ConfigError("engine.kernels", str(error), "give auto or xla") from error
+        except KernelRefusedError as error:
+            raise ConfigError("engine.kernels", str(error), "mend that, or give auto or xla") from error
 
     return run
 

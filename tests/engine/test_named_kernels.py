@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from kernels_pallas._dispatch import check_served
 from kernels_pallas.grouped_matmul import api as experts_api
 from kernels_pallas.mla_attention import api as attention_api
 from kernels_pallas.tree_verify import api as draw_api
@@ -62,9 +63,9 @@ def test_a_named_kernel_that_cannot_serve_is_refused_before_the_first_token(
     new_programs, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     def refuse(*_, **__):
-        raise ValueError(f"{operation}: reference cannot serve this call: it is Sunday")
+        check_served(operation, "reference", "it is Sunday")
 
     monkeypatch.setitem(APIS[operation].IMPLEMENTATIONS, "reference", refuse)
     engine = make_engine("reference")
-    with pytest.raises(ConfigError, match=rf"engine\.kernels: {operation}: reference .* Sunday \(give auto or xla\)"):
+    with pytest.raises(ConfigError, match=rf"engine\.kernels: {operation}: reference .* Sunday \(mend that, or give"):
         engine.warmup()

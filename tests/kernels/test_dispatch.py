@@ -1,12 +1,13 @@
 """A named implementation is the one that runs; without a name the platform's own does, or another, visibly."""
 
 import warnings
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from kernels_pallas import _dispatch
-from kernels_pallas._dispatch import Choice, choose, select
+from kernels_pallas._dispatch import Choice, choose, select, why_not_device
 
 TABLE = {"xla": lambda: "xla", "reference": lambda: "reference", "pallas_tpu": lambda: "pallas_tpu"}
 
@@ -51,3 +52,15 @@ def test_falling_back_is_seen_once(monkeypatch):
         warnings.simplefilter("error")
         assert select("k", TABLE, None, {"pallas_tpu": "rows too wide"})() == "xla"
         assert select("k", TABLE, None)() == "pallas_tpu"
+
+
+@pytest.mark.parametrize("capability", ["8.0", "10.0", "gfx942"])
+def test_the_hopper_kernels_are_for_no_other_gpu(capability):
+    gpu = SimpleNamespace(platform="gpu", device_kind="some GPU", compute_capability=capability)
+    assert why_not_device("pallas_gpu", gpu) == (
+        f"pallas_gpu is for GPUs of compute capability 9.0 (Hopper), some GPU has {capability}"
+    )
+    assert why_not_device("pallas_tpu", gpu) == "pallas_tpu does not run on a gpu"
+    assert {why_not_device(name, gpu) for name in ("auto", "xla", "reference")} == {None}
+    gpu.compute_capability = "9.0"
+    assert why_not_device("pallas_gpu", gpu) is None
