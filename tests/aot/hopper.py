@@ -35,16 +35,68 @@ _said: dict[tuple[str, ...], str] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
+class HopperKernel:
+    """What the compilers say of one kernel.
+
+    No interpreter checks what stands here but `ptx`: it has no registers, sees what was written at once, and its
+    products are done when they are asked for.
+    """
+
+    name: str
+    ptx: str
+    warpgroups: int
+    """Of a thread block."""
+    registers: int
+    """Per thread at launch."""
+    spill_bytes: int
+    """Stored to memory by a thread for want of registers."""
+
+    @property
+    def fences(self) -> int:
+        """Places where what a thread wrote to shared memory is shown to wgmma and to copies."""
+        return self.ptx.count("fence.proxy.async")
+
+    @property
+    def waits(self) -> set[int]:
+        """How many products may go on where products are waited for: 0 = none."""
+        return {int(depth) for depth in re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", self.ptx)}
+
+    def check_registers(self) -> None:
+        """One warpgroup at most gives registers up, and all others together take no more than there are then."""
+        given = [int(n) for n in re.findall(r"setmaxnreg\.dec\.sync\.aligned\.u32\s+(\d+)", self.ptx)]
+        taken = [int(n) for n in re.findall(r"setmaxnreg\.inc\.sync\.aligned\.u32\s+(\d+)", self.ptx)]
+        assert len(given) == (len(taken) > 0)
+        if taken:
+            assert max(taken) * (self.warpgroups - 1) + given[0] <= self.registers * self.warpgroups <= 512
+
+
+@dataclass(frozen=True, kw_only=True)
 class HopperProgram:
     """What the compilers say of a program with kernels of ours."""
 
     compiled: Compiled
     """XLA's program; it cannot be called."""
-    ptx: str
-    registers: int
-    """Per thread at launch, the most of any kernel."""
-    spill_bytes: int
-    """Stored to memory by a thread for want of registers, in all kernels."""
+    kernels: tuple[HopperKernel, ...]
+
+    @property
+    def ptx(self) -> str:
+        """Of all kernels."""
+        return "".join(kernel.ptx for kernel in self.kernels)
+
+    @property
+    def synchronisation(self) -> dict[str, tuple[int, set[int]]]:
+        """Fences and waits of each kernel by its name."""
+        return {kernel.name: (kernel.fences, kernel.waits) for kernel in self.kernels}
+
+    @property
+    def registers(self) -> int:
+        """The most of any kernel."""
+        return max(kernel.registers for kernel in self.kernels)
+
+    @property
+    def spill_bytes(self) -> int:
+        """Of all kernels."""
+        return sum(kernel.spill_bytes for kernel in self.kernels)
 
 
 @cache
@@ -59,6 +111,24 @@ def devices(count: int) -> np.ndarray:
         platform="cuda", topology_name="H200", topology=f"1x{count}x1", target_config=H200
     )
     return np.array(topology.devices)
+
+
+def _read(said: str) -> HopperKernel:
+    """A kernel of its PTX, and of ptxas' report behind it."""
+
+    def find(pattern: str) -> str:
+        [found] = re.findall(pattern, said)
+        return found
+
+    kernel = HopperKernel(
+        name=find(r"\.entry (\w+?)(?:_mosaic_gpu)?_kernel\("),
+        ptx=said,
+        warpgroups=int(find(r"\.maxntid (\d+)")) // 128,
+        registers=int(find(r"Used (\d+) registers")),
+        spill_bytes=int(find(r"bytes stack frame, (\d+) bytes spill stores")),
+    )
+    kernel.check_registers()
+    return kernel
 
 
 @pytest.fixture
@@ -79,11 +149,10 @@ def compile_for_hopper(monkeypatch, capfd) -> Callable[..., HopperProgram]:
             compiled = lowered.compile()
         kernels = tuple(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', lowered.as_text()))
         said = _said.setdefault(kernels, "".join(capfd.readouterr()))
-        registers = re.findall(r"Used (\d+) registers", said)
-        spilled = re.findall(r"bytes stack frame, (\d+) bytes spill stores", said)
-        assert len(registers) == len(spilled) == len(kernels) > 0
-        return HopperProgram(
-            compiled=compiled, ptx=said, registers=max(map(int, registers)), spill_bytes=sum(map(int, spilled))
-        )
+        # ptxas would wait after every product, or keep the registers where they are, and only say so.
+        assert "serialized" not in said and "setmaxnreg ignored" not in said
+        parts = re.split(r"(?m)^(?=\.version )", said)[1:]
+        assert len(parts) == len(kernels) > 0
+        return HopperProgram(compiled=compiled, kernels=tuple(map(_read, parts)))
 
     return compile_for

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from kernels_pallas._mosaic_gpu import MULTIPROCESSORS
+from kernels_pallas._paged.layout import FLOAT8
 from kernels_pallas.gqa_attention import gqa_attention
 from kernels_pallas.gqa_attention.arg_specs import arg_specs
 from tests.aot.hopper import compile_for_hopper
@@ -24,6 +25,9 @@ def test_compiles_to_hopper_code_that_spills_nothing_and_copies_no_cache(name, c
     assert ".target sm_90a" in program.ptx
     assert "wgmma.mma_async" in program.ptx
     assert "cp.async.bulk.tensor" in program.ptx
+    # Shown are what was made bfloat16, to wgmma, and sums of weights, to the copy engine; each product is waited for.
+    fences = 1 + (spec.args[1].dtype == FLOAT8)
+    assert program.synchronisation == {"gqa_attention": (fences, {0})}
     assert program.spill_bytes == 0
     q, cache, *_ = spec.args
     tiles, tokens, heads, head_dim = q.shape

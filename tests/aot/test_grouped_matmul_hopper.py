@@ -23,6 +23,9 @@ def test_compiles_to_hopper_code_that_spills_nothing_and_copies_no_expert(name, 
     assert "wgmma.mma_async" in program.ptx
     assert "cp.async.bulk.tensor" in program.ptx
     assert ("cvt.rn.f16x2.e4m3x2" in program.ptx) == spec.is_quantised
+    # What was made bfloat16 is shown to wgmma; while a slab is multiplied the products before it are done.
+    fences = int(spec.is_quantised)
+    assert program.synchronisation == {"grouped_gate_up": (fences, {0, 2}), "grouped_down": (fences, {0, 1})}
     assert program.spill_bytes == 0
     x, ids, _, _, down, *_ = spec.args
     experts, ffn, width = down.shape

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from kernels_pallas._mosaic_gpu import MULTIPROCESSORS
+from kernels_pallas._paged.layout import FLOAT8
 from kernels_pallas.mla_attention import mla_attention
 from kernels_pallas.mla_attention.arg_specs import MODELS, arg_specs
 from tests.aot.hopper import compile_for_hopper
@@ -35,6 +36,9 @@ def test_compiles_to_hopper_code_that_spills_nothing_and_copies_no_cache(name, c
     # Products by wgmma, pages by the copy engine.
     assert "wgmma.mma_async" in program.ptx
     assert "cp.async.bulk.tensor" in program.ptx
+    # Shown are what was made bfloat16, to wgmma, and sums of weights, to the copy engine; each product is waited for.
+    fences = 1 + (spec.args[1].dtype == FLOAT8)
+    assert program.synchronisation == {"mla_attention": (fences, {0})}
     assert program.spill_bytes == 0
     tiles, tokens, heads, width = spec.args[0].shape
     row_blocks = -(-tokens * heads // 64)

@@ -27,6 +27,8 @@ def test_compiles_to_hopper_code_without_an_array_of_logits(name, compile_for_ho
     # Products by wgmma, operands by the copy engine.
     assert "wgmma.mma_async" in program.ptx
     assert "cp.async.bulk.tensor" in program.ptx
+    # Shown to the copy engine is what a block would draw; while a slab is multiplied the one before it is done.
+    assert program.synchronisation == {"tree_verify": (1, {0, 1})}
     # With five warpgroups 96 registers are a thread's share at launch, and a few values move to memory.
     assert program.spill_bytes <= (32 if spec.rows > 192 else 0)
     head = spec.width * spec.vocab // spec.shards * 2
