@@ -3,8 +3,8 @@
 `mla_attention` and `gqa_attention` are this kernel, with the cache that `_paged.tpu` describes.
 
 Work. The rows of a KV head of a tile, tokens x heads, are cut into blocks of 64, what wgmma multiplies at a time. A
-thread block has one of them and the whole context of its request, or with few tiles a part of it (`num_splits`): parts
-combine in XLA by their log-sum-exp. It walks only over what any of its rows sees.
+thread block has one of them and the whole context of its request, or a part of it where that fills the multiprocessors
+better (`choose_splits`): parts combine in XLA by their log-sum-exp. It walks only over what any of its rows sees.
 
 A warpgroup copies the KV head's columns of pages by the block table into buffers of 64 context tokens while others
 compute on another buffer. With values of 512 columns these are two: both compute the same scores and weights, and each
@@ -115,8 +115,9 @@ def attend_pages(
     last = jnp.max(by_row(last).reshape(tiles, row_blocks, WGMMA_ROWS), axis=2)
     num_pages = jnp.minimum(-(-last // page_size), block_tables.shape[1]).astype(jnp.int32)
     if num_splits is None:
-        most = -(-block_tables.shape[1] * page_size // BLOCK_TOKENS)
-        num_splits = max(min(MULTIPROCESSORS // (items * row_blocks), most), 1)
+        part_bytes = WGMMA_ROWS * (2 * 4 * value_width + 2 * key_width)
+        part_tokens = part_bytes // (head_width * cache.dtype.itemsize)
+        num_splits = choose_splits(items * row_blocks, block_tables.shape[1] * page_size, part_tokens)
 
     q = q.reshape(tiles, tokens, kv_heads, heads, key_width).swapaxes(1, 2).reshape(items, tokens * heads, key_width)
     scalars = [num_pages, block_tables.astype(jnp.int32)]
@@ -169,6 +170,24 @@ def attend_pages(
         out = jnp.sum(share[..., None] * parts, axis=0).astype(q.dtype)
     out = out[:, : tokens * heads].reshape(tiles, kv_heads, tokens, heads, value_width).swapaxes(1, 2)
     return out.reshape(tiles, tokens, num_heads, value_width)
+
+
+def choose_splits(row_blocks: int, max_tokens: int, part_tokens: int) -> int:
+    """Choose the parts of each context, so that waves of thread blocks, one a multiprocessor, take the least time.
+
+    The choice is one of shapes, so that a request's sums do not depend on who else is there.
+
+    Args:
+        row_blocks: Blocks of 64 rows.
+        max_tokens: The longest context that tables hold; half of it is taken for the usual one.
+        part_tokens: Context tokens of as many bytes as writing and reading a part's sums, and its queries.
+    """
+
+    def time(splits: int) -> float:
+        waves = -(-row_blocks * splits // MULTIPROCESSORS)
+        return waves * (max_tokens / 2 / splits + (splits > 1) * part_tokens)
+
+    return min(range(1, min(MULTIPROCESSORS, -(-max_tokens // BLOCK_TOKENS)) + 1), key=time)
 
 
 def _kernel(*refs, kv_heads, value_start, value_width, value_parts, scale, num_splits, has_trees, interpret):

@@ -9,7 +9,8 @@ Float8. wgmma takes float8 in both operands or in none. So two more warpgroups m
 of the columns each, in two buffers: while one is multiplied the other is filled. They multiply by the scale of the
 128 x 128 block in float32 on the way, so that a weight is rounded to bfloat16 once, as `xla` rounds it. A slab of gate
 and up is 16 KB, 800 cycles of a multiprocessor's share of an H200's bandwidth. Its 16,384 conversions, at four
-instructions a pair and 64 of these a cycle, take 512, and the product of 64 rows beside them 512.
+instructions a pair and 64 of these a cycle, take 512, the product of 64 rows 512, and the 120 KB that go in and out
+of shared memory 960, all beside each other.
 
 Bytes. The weights of an expert with one tile, the usual case of decode, are read once; several tiles of an expert read
 them at about the same time, from the L2 but once. Padding costs no weights, and at 64 rows a tile is far from being

@@ -13,12 +13,12 @@ from kernels_pallas._paged.layout import FLOAT8
 from kernels_pallas._paged.sizes import count_vmem_bytes
 from kernels_pallas.gqa_attention.arg_specs import ArgSpec, arg_specs
 from kernels_pallas.gqa_attention.pallas_tpu import gqa_attention_pallas_tpu
-from tests.aot.topology import DEFAULT_VMEM_LIMIT, GENERATIONS, compile_for, tpu
+from tests.aot.topology import DEFAULT_VMEM_LIMIT, GENERATIONS, compile_for, slow_but, tpu
 
 pytestmark = pytest.mark.aot
 SPECS = {spec.name: spec for model in ("tiny", "qwen2_72b") for spec in arg_specs(model)}
-TO_COMPILE = [name for name, spec in SPECS.items() if spec.cache_dtype != FLOAT8 or spec.tensor_parallel == 1]
-"""Float8 caches at one degree: minutes."""
+QUICK = [name for name, spec in SPECS.items() if spec.cache_dtype != FLOAT8 or spec.tensor_parallel == 1]
+"""Float8 caches at one degree."""
 
 
 def compile_spec(generation: str, spec: ArgSpec, **options) -> jax.stages.Compiled:
@@ -26,7 +26,7 @@ def compile_spec(generation: str, spec: ArgSpec, **options) -> jax.stages.Compil
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("name", TO_COMPILE)
+@pytest.mark.parametrize("name", slow_but(QUICK, SPECS))
 def test_compiles_within_the_counted_vmem_and_copies_no_cache(generation, name, monkeypatch):
     spec, counted = SPECS[name], []
 

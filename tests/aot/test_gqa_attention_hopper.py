@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import pytest
 
-from kernels_pallas._mosaic_gpu import MULTIPROCESSORS
+from kernels_pallas._paged.gpu import choose_splits
 from kernels_pallas._paged.layout import FLOAT8
 from kernels_pallas.gqa_attention import gqa_attention
 from kernels_pallas.gqa_attention.arg_specs import arg_specs
@@ -29,12 +29,13 @@ def test_compiles_to_hopper_code_that_spills_nothing_and_copies_no_cache(name, c
     fences = 1 + (spec.args[1].dtype == FLOAT8)
     assert program.synchronisation == {"gqa_attention": (fences, {0})}
     assert program.spill_bytes == 0
-    q, cache, *_ = spec.args
+    q, cache, tables, *_ = spec.args
     tiles, tokens, heads, head_dim = q.shape
     kv_heads = cache.shape[2] // (2 * head_dim)
     row_blocks = -(-tokens * heads // kv_heads // 64)
     blocks = tiles * kv_heads * row_blocks
-    splits = max(MULTIPROCESSORS // blocks, 1)
+    part_tokens = 64 * (8 * head_dim + 2 * head_dim) // (2 * head_dim * cache.dtype.itemsize)
+    splits = choose_splits(blocks, tables.shape[1] * cache.shape[1], part_tokens)
     # Queries and results in blocks of 64 rows, KV heads before tokens; results of each part in float32; limits, masks.
     parts = splits * blocks * 64 * (head_dim + 1) * 4 if splits > 1 else 0
     assert temporaries <= 2 * blocks * 64 * (head_dim * 2 + 8) + parts + 2**20

@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas.grouped_matmul import expert_parallel_mlp, pallas_tpu
 from kernels_pallas.grouped_matmul.arg_specs import arg_specs
 from kernels_pallas.grouped_matmul.pallas_tpu import choose_tile_rows, count_vmem_bytes, grouped_mlp_pallas_tpu
-from tests.aot.topology import DEFAULT_VMEM_LIMIT, GENERATIONS, compile_for, tpu
+from tests.aot.topology import DEFAULT_VMEM_LIMIT, GENERATIONS, compile_for, slow_but, tpu
 
 pytestmark = pytest.mark.aot
 SPECS = {spec.name: spec for model in ("tiny", "moonlight", "kimi_k2") for spec in arg_specs(model)}
-COMPILED = [
+QUICK = [
     "tiny-decode4-ep1",
     "tiny-decode4-ep4-fp8",
     "moonlight-decode32-ep1",
@@ -26,7 +26,7 @@ COMPILED = [
     "kimi_k2-verify-ep16-fp8",
     "kimi_k2-prefill-ep32",
 ]
-"""Each model with few and with most rows; a compilation takes 5 to 40 s."""
+"""Each model with few and with most rows."""
 
 
 def bound_temporaries(spec) -> int:
@@ -40,7 +40,7 @@ def bound_temporaries(spec) -> int:
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", slow_but(QUICK, SPECS))
 def test_compiles_within_the_counted_vmem_and_copies_no_weights(generation, name, monkeypatch):
     spec, counted = SPECS[name], []
 

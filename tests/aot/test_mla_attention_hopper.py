@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import pytest
 
-from kernels_pallas._mosaic_gpu import MULTIPROCESSORS
+from kernels_pallas._paged.gpu import choose_splits
 from kernels_pallas._paged.layout import FLOAT8
 from kernels_pallas.mla_attention import mla_attention
 from kernels_pallas.mla_attention.arg_specs import MODELS, arg_specs
@@ -42,7 +42,10 @@ def test_compiles_to_hopper_code_that_spills_nothing_and_copies_no_cache(name, c
     assert program.spill_bytes == 0
     tiles, tokens, heads, width = spec.args[0].shape
     row_blocks = -(-tokens * heads // 64)
-    num_rows, splits = tiles * row_blocks * 64, max(MULTIPROCESSORS // (tiles * row_blocks), 1)
+    cache, tables = spec.args[1:3]
+    part_tokens = 64 * (8 * spec.value_width + 2 * width) // (width * cache.dtype.itemsize)
+    splits = choose_splits(tiles * row_blocks, tables.shape[1] * cache.shape[1], part_tokens)
+    num_rows = tiles * row_blocks * 64
     # Queries in blocks of 64 rows, limits and masks of rows, results in such blocks and of each part in float32.
     parts = splits * num_rows * (spec.value_width + 1) * 4 if splits > 1 else num_rows * spec.value_width * 2
     assert temporaries <= num_rows * (width * 2 + 8) + parts + 2**20

@@ -4,13 +4,14 @@ Layouts, unsupported operations, memory and VMEM are judged as on the hardware; 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
 import jax
 import numpy as np
 import pytest
+from _pytest.mark import ParameterSet
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
@@ -34,6 +35,16 @@ def devices(topology_name: str) -> tuple[jax.Device, ...]:
     """
     pytest.importorskip("libtpu")
     return tuple(topologies.get_topology_desc(platform="tpu", topology_name=topology_name).devices)
+
+
+def slow_but(quick: Collection[str], names: Iterable[str]) -> list[ParameterSet]:
+    """Mark as slow all of some specs but a few: `-m "aot and not slow"` leaves them out.
+
+    Args:
+        quick: Names of those that are not slow.
+        names: All names.
+    """
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
 @contextmanager

@@ -90,6 +90,12 @@ def test_more_slabs_of_depth_than_are_in_shared_memory_at_a_time(is_float8):
     check(make_gpu_case(5, model=DEEP[is_float8], ffn=128, is_float8=is_float8))
 
 
+@pytest.mark.slow
+@WEIGHTS
+def test_as_many_slabs_of_an_expert_as_moonlight_has(is_float8):
+    check(make_gpu_case(5, model=128, ffn=1408, is_float8=is_float8))
+
+
 @pytest.mark.parametrize("wrong", ["expert", "weight", "up", "gate_up_scale", "down_scale"])
 def test_the_comparison_notices_what_is_wrong(wrong):
     x, ids, weights, *experts = case = make_gpu_case(is_float8="scale" in wrong)

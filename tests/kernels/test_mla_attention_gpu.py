@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # Where it says whether it saw a race.
 
+from kernels_pallas._paged.gpu import choose_splits
 from kernels_pallas.mla_attention import MASK_BITS, mla_attention
 from kernels_pallas.mla_attention.pallas_gpu import mla_attention_pallas_gpu
 from tests.kernels import test_mla_attention_tpu as tpu
@@ -68,6 +69,22 @@ def test_trees_from_one_node_to_as_many_as_a_mask_can_name(requests, seed):
     """33 tokens of four heads are three blocks of rows."""
     lengths, nodes = zip(*requests, strict=True)
     check(make_case(lengths, 33, nodes=nodes, seed=seed), num_splits=2)
+
+
+@pytest.mark.parametrize(
+    ("row_blocks", "max_tokens", "expected"),
+    [
+        (4, 65536, 33),  # 132 parts, one for each multiprocessor.
+        (64, 8192, 2),
+        (67, 8192, 3),  # 201 parts in two waves, each of a third; whole contexts would be one wave of three thirds.
+        (133, 8192, 4),  # Five waves of a quarter in place of two, the second of one context.
+        (132, 131_072, 1),
+        (512, 8192, 1),
+        (1, 64, 1),
+    ],
+)
+def test_contexts_are_divided_where_that_fills_the_multiprocessors(row_blocks, max_tokens, expected):
+    assert choose_splits(row_blocks, max_tokens, part_tokens=291) == expected
 
 
 @pytest.mark.parametrize("num_splits", [1, 2])
