@@ -84,6 +84,7 @@ def _cpu_cases() -> Iterator[Case]:
 
 
 def _accelerator_cases(platform: str) -> Iterator[Case]:
+    """Decode at two batches, 7 drafts of 64 requests, 16 slices of prompts, experts and draws of as many tokens."""
     for model in ("moonlight", "kimi_k2"):
         of = MLA_MODELS[model]
         case = functools.partial(
@@ -92,7 +93,8 @@ def _accelerator_cases(platform: str) -> Iterator[Case]:
         for tiles, context in ((64, 8192), (4, 65536)):
             for cache_dtype in of.cache_dtypes:
                 yield case(tiles, 1, context, cache_dtype=cache_dtype)
-    yield case(64, 8, 8192)
+        yield case(64, 8, 8192)
+        yield case(16, 16, 8192)
     of = GQA_MODELS["qwen2_72b"]
     for degree, tiles, context in ((8, 64, 8192), (1, 64, 8192), (1, 4, 32768)):
         for cache_dtype in of.cache_dtypes:
@@ -101,6 +103,11 @@ def _accelerator_cases(platform: str) -> Iterator[Case]:
                 platform, tiles, 1, context, heads=heads, kv_heads=kv_heads, head_dim=of.head_dim, page=of.page_size,
                 cache_dtype=cache_dtype,
             )  # fmt: skip
+    for tiles, tokens in ((64, 8), (16, 16)):
+        heads, kv_heads = of.heads // 8, of.kv_heads // 8
+        yield gqa_case(
+            platform, tiles, tokens, 8192, heads=heads, kv_heads=kv_heads, head_dim=of.head_dim, page=of.page_size
+        )
     for model, degree in (("moonlight", 1), ("kimi_k2", 16)):
         of = EXPERT_MODELS[model]
         for tokens in (4, 32, 64, 256):

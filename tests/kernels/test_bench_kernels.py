@@ -61,9 +61,12 @@ def test_counted_work_is_that_of_closed_forms(cases):
         assert case.num_bytes == 4 * 32768 * 8 * 2 * 128 * size + 2 * 4 * 64 * 128 * 2
         assert case.flops == 4 * 32768 * 64 * 2 * 2 * 128
     # The first of eight tokens sees seven slots less than the last.
-    verify = find(gpu, "mla_attention", "N=64", "Tq=8", "context=8192", "bfloat16")
+    verify = find(gpu, "mla_attention", "N=64", "Tq=8", "H=64", "context=8192", "bfloat16")
     assert verify.num_bytes == contexts * 576 * 2 + 8 * (queries + results)
     assert verify.flops == sum(64 * (8192 - back) for back in range(8)) * 64 * 2 * (576 + 512)
+    slices = find(gpu, "mla_attention", "N=16", "Tq=16", "H=16")
+    assert slices.num_bytes == 16 * (8192 * 576 + 16 * 16 * (576 + 512)) * 2
+    assert slices.flops == 16 * sum(8192 - back for back in range(16)) * 16 * 2 * (576 + 512)
     # 256 tokens with 6 of 64 experts each leave none of them out.
     experts = find(gpu, "grouped_mlp", "T=256", "E=64")
     assert experts.num_bytes == 64 * 3 * 2048 * 1408 * 2 + 2 * 256 * 2048 * 2
