@@ -24,7 +24,7 @@ class KernelRefusedError(ValueError):
 
 
 def check_served(kernel: str, implementation: str, refusal: str | None) -> None:
-    """Raise what a named implementation says that cannot serve.
+    """Refuse a call that a named implementation cannot serve.
 
     Args:
         kernel: Name of the kernel.

@@ -60,7 +60,8 @@ def grouped_mlp_pallas_gpu(
         As there.
 
     Raises:
-        KernelRefusedError: If the kernels cannot serve these shapes (`why_not_pallas_gpu`), or a gradient is asked for.
+        KernelRefusedError: If the kernels cannot serve these shapes (`why_not_pallas_gpu`).
+        ValueError: If a gradient is asked for.
     """
     check_served("grouped_mlp", "pallas_gpu", why_not_pallas_gpu(x, gate_up, down, gate_up_scale))
 
@@ -68,8 +69,8 @@ def grouped_mlp_pallas_gpu(
     def run(x, expert_weights, gate_up, down):
         tiles = plan_tiles(expert_ids, gate_up.shape[0], WGMMA_ROWS)
         plan = tiles.num_tiles.reshape(1).astype(jnp.int32), tiles.expert.astype(jnp.int32)
-        hidden = _multiply(plan, x[tiles.token], gate_up, gate_up_scale, 2, "grouped_gate_up", interpret)
-        slots = _multiply(plan, hidden, down, down_scale, 1, "grouped_down", interpret)
+        hidden = _multiply_tiles(plan, x[tiles.token], gate_up, gate_up_scale, 2, "grouped_gate_up", interpret)
+        slots = _multiply_tiles(plan, hidden, down, down_scale, 1, "grouped_down", interpret)
         # Slots of tiles that were not run were never written.
         chosen = slots.at[tiles.slot].get(mode="fill", fill_value=0).astype(jnp.float32)
         return jnp.einsum("tkm,tk->tm", chosen, expert_weights.astype(jnp.float32)).astype(x.dtype)
@@ -81,7 +82,7 @@ def grouped_mlp_pallas_gpu(
     return run(x, expert_weights, gate_up, down)
 
 
-def _multiply(plan, rows, weights, scale, num_matrices, name, interpret):
+def _multiply_tiles(plan, rows, weights, scale, num_matrices, name, interpret):
     """Multiply every tile by its expert's matrix, or by gate and up and combine these.
 
     Args:
@@ -97,7 +98,7 @@ def _multiply(plan, rows, weights, scale, num_matrices, name, interpret):
         [slots, columns of one matrix]; tiles not in use are not written.
     """
     width, is_float8 = weights.shape[2] // num_matrices, scale is not None
-    slab_columns, copies = num_matrices * COLUMNS, 1 + num_matrices
+    slab_columns = num_matrices * COLUMNS
     upcast_bytes = is_float8 * UPCAST_BUFFERS * SLAB * slab_columns * 2
     stages = (SMEM_BYTES - upcast_bytes) // (SLAB * (WGMMA_ROWS * 2 + slab_columns * weights.dtype.itemsize))
     upcast_scratch = [
@@ -106,12 +107,12 @@ def _multiply(plan, rows, weights, scale, num_matrices, name, interpret):
         plgpu.Barrier(num_barriers=UPCAST_BUFFERS),
     ]
     return plgpu.kernel(
-        partial(_kernel, num_matrices=num_matrices, interpret=interpret),
+        partial(_kernel, num_matrices=num_matrices, is_float8=is_float8, interpret=interpret),
         out_type=jax.ShapeDtypeStruct((rows.shape[0], width), rows.dtype),
         scratch_types=[
             slabs((stages, WGMMA_ROWS, SLAB)),
             [slabs((stages, SLAB, COLUMNS), weights.dtype) for _ in range(num_matrices)],
-            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=1 + num_matrices, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             *(upcast_scratch if is_float8 else ()),
         ],
@@ -124,8 +125,8 @@ def _multiply(plan, rows, weights, scale, num_matrices, name, interpret):
     )(*plan, rows, weights, *((scale,) if is_float8 else ()))
 
 
-def _kernel(num_tiles, experts, rows, weights, *refs, num_matrices, interpret):
-    """Multiply a tile by 128 columns of each of its expert's matrices; see `_multiply`.
+def _kernel(num_tiles, experts, rows, weights, *refs, num_matrices, is_float8, interpret):
+    """Multiply a tile by 128 columns of each of its expert's matrices; see `_multiply_tiles`.
 
     Args:
         num_tiles: As there.
@@ -134,9 +135,9 @@ def _kernel(num_tiles, experts, rows, weights, *refs, num_matrices, interpret):
         weights: As there.
         refs: Scales, if the weights are float8; what to write; then the scratch.
         num_matrices: As there.
+        is_float8: Whether the weights are float8.
         interpret: As there.
     """
-    is_float8 = weights.dtype != rows.dtype
     scales, *refs = refs if is_float8 else (None, *refs)
     out, row_slabs, weight_slabs, filled, emptied, *upcast_scratch = refs
     upcast_slabs, upcasted, multiplied = upcast_scratch or (None, None, None)

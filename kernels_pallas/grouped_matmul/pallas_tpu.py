@@ -131,7 +131,8 @@ def grouped_mlp_pallas_tpu(
         As there.
 
     Raises:
-        KernelRefusedError: If the kernels cannot serve these shapes (`why_not_pallas_tpu`), or a gradient is asked for.
+        KernelRefusedError: If the kernels cannot serve these shapes (`why_not_pallas_tpu`).
+        ValueError: If a gradient is asked for.
     """
     check_served("grouped_mlp", "pallas_tpu", why_not_pallas_tpu(x, gate_up, down, gate_up_scale))
     num_experts = gate_up.shape[0]

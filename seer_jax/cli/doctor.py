@@ -121,9 +121,10 @@ def _list_kernels() -> dict[str, str]:
     import jax
 
     import kernels_pallas
-    from kernels_pallas._dispatch import choose, why_not_device
+    from kernels_pallas._dispatch import PREFERRED, choose, why_not_device
 
     kernels, device = {}, jax.devices()[0]
+    wrong_device = why_not_device(PREFERRED.get(device.platform, ""), device)
     for module in pkgutil.iter_modules(kernels_pallas.__path__):
         if module.ispkg and not module.name.startswith("_"):
             api = importlib.import_module(f"kernels_pallas.{module.name}.api")
@@ -133,7 +134,8 @@ def _list_kernels() -> dict[str, str]:
                     choice = choose(implementations, device.platform)
                     here = [name for name in implementations if why_not_device(name, device) is None]
                     others = ", ".join(name for name in here if name != choice.name)
-                    kernels[operation] = f"{choice.name} ({choice.reason}; can be named: {others})"
+                    reason = wrong_device or choice.reason
+                    kernels[operation] = f"{choice.name} ({reason}; engine.kernels can name: {others})"
     return kernels
 
 
@@ -144,7 +146,7 @@ def _list_kv_dtypes() -> dict[str, str]:
     on_tpu = "pallas_tpu if engine.page_size is a multiple of 32, else xla"
     return {
         "auto": "model.dtype, served as above",
-        "float8_e4m3fn": on_tpu if jax.default_backend() == "tpu" else "xla",
+        "float8_e4m3fn": {"tpu": on_tpu, "gpu": "xla, or what engine.kernels names"}.get(jax.default_backend(), "xla"),
     }
 
 

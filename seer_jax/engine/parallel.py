@@ -142,7 +142,14 @@ def parallel_ops(mesh: Mesh | None, implementation: str | None = None) -> Parall
 
 
 def name_implementation(kernels: str, device: jax.Device) -> str | None:
-    """Turn `engine.kernels` into the name of an implementation; None chooses.
+    """Turn `engine.kernels` into the name of an implementation.
+
+    Args:
+        kernels: The setting.
+        device: A device of the engine.
+
+    Returns:
+        The name; None = chosen by platform.
 
     Raises:
         ConfigError: If it does not run on such a device.
@@ -153,7 +160,7 @@ def name_implementation(kernels: str, device: jax.Device) -> str | None:
 
 
 def _named(operation: Callable[..., Any], *, implementation: str | None) -> Callable[..., Any]:
-    """Let one implementation serve; why it does not is the user's to know, who named it."""
+    """Bind the implementation, and tell its refusals as errors of `engine.kernels`."""
 
     def run(*arrays: Array, **options: Any) -> Any:
         try:

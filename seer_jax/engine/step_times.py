@@ -34,7 +34,7 @@ class StepPrograms:
         max_model_len: Longest context.
         page_size: Tokens per page.
         max_steps: Steps in one dispatch at most.
-        facts: What else step times depend on: the model's shape, its type, its mesh.
+        facts: What else step times depend on: the model's shape, its type, kernels, type of the cache, devices.
     """
 
     launch: Callable[[StepShape, np.ndarray], np.ndarray]

@@ -165,7 +165,7 @@ def check_kernels_and_memory(deployment: Deployment, text: str, compiled: jax.st
     memory, counted = compiled.memory_analysis(), deployment.count_argument_bytes()
     assert counted <= memory.argument_size_in_bytes < 1.01 * counted
     # What libtpu keeps of each layer, measured 6 MB for Kimi-K2 and 2 MB for Moonlight; of a GPU's, what kernels of one
-    # layer gather, 69 MB and 31.
+    # layer gather, 72 MB and 31.
     expected = 80e6 if deployment.topology == "h200" else 32e6 + 8e6 * layers
     logits = shape.truncates * 3 * 4 * shape.num_requests * deployment.model.vocab_size
     assert memory.temp_size_in_bytes < expected + logits

@@ -93,7 +93,7 @@ def test_more_than_a_chip_holds_is_refused_so_the_limit_is_enforced():
 
 @pytest.mark.parametrize("program", OTHER_PROGRAMS)
 def test_the_other_programs_of_an_engine_compile_too(program):
-    """Not their texts: jaxlib cannot read what libtpu writes of some asynchronous operations."""
+    """Not their collectives: jaxlib cannot read what libtpu writes of some asynchronous operations."""
     deployment = dataclasses.replace(with_layers(MOONLIGHT_STEP, 2), program=OTHER_PROGRAMS[program])
     text, compiled = deployment.compile()
     check_kernels_and_memory(deployment, text, compiled)

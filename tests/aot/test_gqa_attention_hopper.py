@@ -34,10 +34,11 @@ def test_compiles_to_hopper_code_that_spills_nothing_and_copies_no_cache(name, c
     kv_heads = cache.shape[2] // (2 * head_dim)
     row_blocks = -(-tokens * heads // kv_heads // 64)
     blocks = tiles * kv_heads * row_blocks
-    part_tokens = 64 * (8 * head_dim + 2 * head_dim) // (2 * head_dim * cache.dtype.itemsize)
-    splits = choose_splits(blocks, tables.shape[1] * cache.shape[1], part_tokens)
+    max_tokens, row_bytes = tables.shape[1] * cache.shape[1], 2 * head_dim * cache.dtype.itemsize
+    splits = choose_splits(blocks, max_tokens, head_dim, row_bytes)
     # Queries and results in blocks of 64 rows, KV heads before tokens; results of each part in float32; limits, masks.
     parts = splits * blocks * 64 * (head_dim + 1) * 4 if splits > 1 else 0
+    assert parts < 70e6
     assert temporaries <= 2 * blocks * 64 * (head_dim * 2 + 8) + parts + 2**20
 
 

@@ -59,7 +59,7 @@ def test_compiles_within_the_counted_vmem_and_copies_no_weights(generation, name
     assert len(counted) == 2 and max(counted) <= DEFAULT_VMEM_LIMIT
     assert temporaries <= bound_temporaries(spec)
     if "decode" in name and "tiny" not in name:
-        assert temporaries < 0.05 * spec.bytes_per_expert * spec.args[3].shape[0]
+        assert temporaries < 0.075 * spec.bytes_per_expert * spec.args[3].shape[0]
 
 
 def test_less_vmem_than_the_kernels_need_is_refused_so_the_limit_is_enforced():

@@ -155,11 +155,11 @@ def test_doctor_reports_versions_devices_and_the_kernel_implementations(capsys):
     assert {"mla_attention", "gqa_attention", "kv_update", "kv_update_move", "grouped_matmul"} <= set(report["kernels"])
     assert not [name for name in report["kernels"] if name.startswith("_")]
     assert all(
-        re.fullmatch(r"(xla|pallas_tpu|pallas_gpu) \(.*; can be named: .*\)", text)
+        re.fullmatch(r"(xla|pallas_tpu|pallas_gpu) \(.*; engine.kernels can name: .*\)", text)
         for text in report["kernels"].values()
     )
     if jax.default_backend() == "cpu":
-        expected = "xla (best on cpu; can be named: reference)"
+        expected = "xla (best on cpu; engine.kernels can name: reference)"
         assert report["kernels"]["mla_attention"] == report["kernels"]["gqa_attention"] == expected
     assert set(report["kv_dtypes"]) == {"auto", "float8_e4m3fn"}
     assert report["problems"] == []

@@ -37,7 +37,7 @@ def make_engine(
     sharding: ShardingConfig = MESH,
     instance_id: int = 0,
     kv_pool: KVPool | None = None,
-    **changes: int,
+    **changes: object,
 ) -> Engine:
     return Engine(
         tiny.MODEL,
@@ -112,6 +112,14 @@ def check_expert_ids() -> None:
         np.testing.assert_array_equal(np.sort(on_ranks[i].expert_ids), np.sort(expected.expert_ids))
     assert len(np.unique(np.concatenate([event.expert_ids for event in on_one.values()]))) > 2
     assert engines[0].status().num_accepted_tokens > 0
+
+
+def check_named_kernels() -> None:
+    """What is named serves on each device, here what nobody would choose."""
+    engine = make_engine("grouped_tree", kernels="reference", deterministic=False)
+    chunks = [tiny.chunk(tiny.prompt(i // 2, 9), index=i, sampling=COLD, max_tokens=16) for i in range(5)]
+    tiny.check_against_reference(chunks, run(engine, chunks))
+    assert engine._implementation == "reference" and engine.status().num_accepted_tokens > 0
 
 
 def check_preemption() -> None:

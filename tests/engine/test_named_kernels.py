@@ -63,9 +63,11 @@ def test_a_named_kernel_that_cannot_serve_is_refused_before_the_first_token(
     new_programs, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     def refuse(*_, **__):
-        check_served(operation, "reference", "it is Sunday")
+        check_served(operation, "reference", "tokens are float32, not bfloat16")
 
     monkeypatch.setitem(APIS[operation].IMPLEMENTATIONS, "reference", refuse)
     engine = make_engine("reference")
-    with pytest.raises(ConfigError, match=rf"engine\.kernels: {operation}: reference .* Sunday \(mend that, or give"):
+    with pytest.raises(
+        ConfigError, match=rf"engine\.kernels: {operation}: reference .* float32, not bfloat16 \(mend that, or give"
+    ):
         engine.warmup()

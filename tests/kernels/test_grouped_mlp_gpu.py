@@ -81,13 +81,9 @@ def test_one_token(is_float8):
     check(make_gpu_case(1, is_float8=is_float8))
 
 
-DEEP = {False: 640, True: 896}
-"""Widths of more slabs than are in shared memory at a time, of either kind of weights."""
-
-
 @WEIGHTS
 def test_more_slabs_of_depth_than_are_in_shared_memory_at_a_time(is_float8):
-    check(make_gpu_case(5, model=DEEP[is_float8], ffn=128, is_float8=is_float8))
+    check(make_gpu_case(5, model=640, ffn=128, is_float8=is_float8))
 
 
 @pytest.mark.slow
@@ -118,7 +114,7 @@ def test_the_comparison_notices_what_is_wrong(wrong):
 @pytest.mark.skipif(HAS_GPU, reason="seen in the interpreter only")
 @WEIGHTS
 def test_copies_and_products_do_not_race(is_float8):
-    check(make_gpu_case(5, model=DEEP[is_float8], ffn=128, is_float8=is_float8), FIND_RACES)
+    check(make_gpu_case(5, model=640, ffn=128, is_float8=is_float8), FIND_RACES)
     assert not interpret_pallas_call.get_races().races_found
 
 

@@ -76,15 +76,17 @@ def test_trees_from_one_node_to_as_many_as_a_mask_can_name(requests, seed):
     [
         (4, 65536, 33),  # 132 parts, one for each multiprocessor.
         (64, 8192, 2),
-        (67, 8192, 3),  # 201 parts in two waves, each of a third; whole contexts would be one wave of three thirds.
-        (133, 8192, 4),  # Five waves of a quarter in place of two, the second of one context.
+        (67, 8192, 3),  # Two waves of thirds and their sums in place of one of wholes: a ninth less.
+        (67, 131_072, 7),  # 469 parts in four waves, in place of one wave that leaves half of them idle.
+        (133, 131_072, 3),  # Four waves of a third in place of two, the second of one context.
         (132, 131_072, 1),
-        (512, 8192, 1),
+        (1024, 131_072, 1),
+        (70, 2048, 1),  # There the sums cost more.
         (1, 64, 1),
     ],
 )
 def test_contexts_are_divided_where_that_fills_the_multiprocessors(row_blocks, max_tokens, expected):
-    assert choose_splits(row_blocks, max_tokens, part_tokens=291) == expected
+    assert choose_splits(row_blocks, max_tokens, 512, 576 * 2) == expected
 
 
 @pytest.mark.parametrize("num_splits", [1, 2])
