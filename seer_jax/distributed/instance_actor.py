@@ -216,7 +216,7 @@ class InstanceActor:
         except RayError as error:
             logging.warning("Instance %s does not give KV: %s", chunk.kv.ref, error)
         if moved is None and self._has_own_pool:
-            logging.warning("KV of %s is lost and will be computed again", chunk.request_id)
+            logging.info("KV of %s is computed again: it is gone, or that was measured to be faster", chunk.request_id)
         self._inbox.put(partial(self._engine.submit, replace(chunk, kv=replace(chunk.kv, ref=moved))))
 
 
