@@ -59,7 +59,8 @@ def test_compiles_within_the_counted_vmem_and_copies_no_weights(generation, name
     assert len(counted) == 2 and max(counted) <= DEFAULT_VMEM_LIMIT
     assert temporaries <= bound_temporaries(spec)
     if "decode" in name and "tiny" not in name:
-        assert temporaries < 0.075 * spec.bytes_per_expert * spec.args[3].shape[0]
+        share = 0.05 if name in QUICK else 0.075  # On v5p and TPU7x 64 tokens of a small shard take most, 0.073.
+        assert temporaries < share * spec.bytes_per_expert * spec.args[3].shape[0]
 
 
 def test_less_vmem_than_the_kernels_need_is_refused_so_the_limit_is_enforced():

@@ -107,7 +107,7 @@ def test_a_silent_owner_costs_one_deadline():
     assert put(pool, [0]) == [STORED]
     started = time.monotonic()
     assert get(pool, [0]) == get(pool, [0]) == put(pool, [1]) == [TIMEOUT]
-    assert 0.5 <= time.monotonic() - started < 1.4, "one deadline, not three"
+    assert 0.5 <= time.monotonic() - started < 0.9
     ray.kill(owner)
 
 
@@ -152,6 +152,6 @@ def test_a_call_waits_once_however_many_owners_are_silent():
     pool.connect(owners, directory)
     started = time.monotonic()
     assert get(pool, [0]) == [TIMEOUT]
-    assert time.monotonic() - started < 3.9, "one deadline, not four"
+    assert time.monotonic() - started < 2.5, "one deadline, not four"
     for actor in (*owners.values(), directory):
         ray.kill(actor)

@@ -24,9 +24,9 @@ def test_all_calls_on_a_lane_share_its_deadline():
     lanes = Lanes(1, 8)
     started = time.monotonic()
     with pytest.raises(TimeoutError), lanes.take(0.2) as lane:
-        for _ in range(1000):
+        for _ in range(100):
             lane.call(time.sleep, 0.05)
-    assert 0.2 <= time.monotonic() - started < 4.5, "not all of the 1000 calls"
+    assert 0.2 <= time.monotonic() - started < 1.0
 
 
 def test_a_call_that_overran_keeps_its_buffer_until_it_has_ended():
